@@ -1,0 +1,91 @@
+"""The one batch layout: sequences, packed or one a row, with per-sequence numbers beside them.
+
+Axes: R rows and L tokens of the padded batch, S sequences in it, G groups (samples).
+
+A dataset row is one *sample*. It holds one or more sequences end to end in `input_ids` (`sequence_lengths` says where
+they end; without that column a row is one sequence). The host's own collator lays the tokens out; this one takes the
+per-sequence columns out before and puts them back beside the tokens, as flat tensors in the order of the sequences.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from poft_plugin.data.columns import SEQUENCE_LENGTHS, TOKEN_COLUMNS
+
+SEQUENCE_IDS = "sequence_ids"
+GROUP_IDS = "group_ids"
+PADDING = -1
+
+Row = Mapping[str, Any]
+TokenCollator = Callable[[Any], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class MethodCollator:
+    """Lays out a batch.
+
+    Args:
+        tokens: the host's collator for the token columns (`input_ids`, `labels`, `position_ids`, `attention_mask`).
+        columns: names of the per-sequence columns that the method needs; each value is a number, or a list of one
+            number per sequence of the row.
+        padding_side: where the host pads.
+
+    Returns:
+        On call: the host's batch, plus `sequence_ids (R, L)` (the sequence of each token, -1 on padding),
+        `group_ids (S,)` (the sample of each sequence) and each column as `(S,)` float64.
+
+    Raises:
+        ValueError: where a row lacks a column, naming it.
+    """
+
+    tokens: TokenCollator
+    columns: tuple[str, ...]
+    padding_side: str = "right"
+
+    def __call__(self, features: Sequence[Row] | Sequence[Sequence[Row]]) -> dict[str, Any]:
+        """Features come as a list of rows, or, packed, as a list of packs of rows."""
+        packed = bool(features) and not isinstance(features[0], Mapping)
+        packs: list[list[Row]] = [list(pack) for pack in features] if packed else [[row] for row in features]  # type: ignore[arg-type]
+        columns = self._columns([row for pack in packs for row in pack])
+        tokens = [[{k: v for k, v in row.items() if k in TOKEN_COLUMNS} for row in pack] for pack in packs]
+        batch = dict(self.tokens(tokens if packed else [row for pack in tokens for row in pack]))
+        batch[SEQUENCE_IDS] = _sequence_ids(packs, batch["input_ids"], self.padding_side)
+        return batch | columns
+
+    def _columns(self, rows: Sequence[Row]) -> dict[str, Tensor]:
+        lengths = [len(_lengths(row)) for row in rows]
+        batch = {GROUP_IDS: torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(lengths))}
+        for name in self.columns:
+            if any(name not in row for row in rows):
+                raise ValueError(
+                    f"a batch without the column {name!r}: this dataset did not come through the plugin's own "
+                    "preparation (`axolotl preprocess` / `axolotl train`)"
+                )
+            values = [value for row in rows for value in _as_list(row[name])]
+            batch[name] = torch.tensor(values, dtype=torch.float64)
+        return batch
+
+
+def _sequence_ids(packs: Sequence[Sequence[Row]], input_ids: Tensor, padding_side: str) -> Tensor:
+    """`(R, L)`: numbers the sequences through the batch; padding is -1."""
+    ids = torch.full(input_ids.shape, PADDING, dtype=torch.long, device=input_ids.device)
+    number = 0
+    for row, pack in enumerate(packs):
+        lengths = [length for sample in pack for length in _lengths(sample)]
+        position = 0 if padding_side == "right" else input_ids.shape[1] - sum(lengths)
+        for length in lengths:
+            ids[row, position : position + length] = number
+            number, position = number + 1, position + length
+    return ids
+
+
+def _lengths(row: Row) -> list[int]:
+    return [int(n) for n in row[SEQUENCE_LENGTHS]] if SEQUENCE_LENGTHS in row else [len(row["input_ids"])]
+
+
+def _as_list(value: Any) -> list[float]:
+    return list(value) if isinstance(value, (list, tuple, Tensor)) and getattr(value, "ndim", 1) else [value]  # type: ignore[list-item]

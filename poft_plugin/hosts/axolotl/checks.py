@@ -1,0 +1,90 @@
+"""Settings of the host that a method cannot honour, refused by name before anything is loaded."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A key that is refused.
+
+    Args:
+        key: top-level key.
+        refused: whether a value is refused.
+        remedy: why, and what to do.
+    """
+
+    key: str
+    refused: Callable[[Any], bool]
+    remedy: str
+
+
+def _above_one(value: Any) -> bool:
+    return isinstance(value, int) and value > 1
+
+
+REFUSALS = (
+    Refusal("streaming", bool, "rows must be there to be scored; remove it"),
+    Refusal("pretraining_dataset", bool, "a pretraining set has no responses; use `datasets:`"),
+    Refusal("train_on_inputs", bool, "the response alone is scored and trained on; set it to false"),
+    Refusal(
+        "excess_length_strategy",
+        lambda value: value == "truncate",
+        "policy and references would see different texts; use `drop` or `raise`",
+    ),
+    Refusal("skip_prepare_dataset", bool, "the plugin has to prepare the data set; remove it"),
+    Refusal("reward_model", lambda value: value is True, "this trains a reward model, not a policy; remove it"),
+    Refusal("process_reward_model", bool, "this trains a reward model, not a policy; remove it"),
+    Refusal("trainer_cls", bool, "the method brings its own trainer; remove it"),
+    Refusal("processor_type", bool, "only text can be scored by references of another kind; remove it"),
+    Refusal("use_eaft", bool, "it is another loss; remove it or `rl:`"),
+    Refusal("orpo_alpha", bool, "it is another loss; remove it or `rl:`"),
+    Refusal("label_smoothing_factor", bool, "the loss has no labels to smooth; remove it"),
+    Refusal("batch_flattening", bool, "use `sample_packing: true`"),
+    Refusal("use_pose", bool, "its position ids hide where a sequence begins; remove it"),
+    Refusal(
+        "eval_sample_packing", bool, "packed evaluation may lose rows in this host; remove it (evaluation is unpacked)"
+    ),
+    Refusal("remove_unused_columns", bool, "the method's columns would be removed; remove it"),
+    Refusal("context_parallel_size", _above_one, "a sequence must stay on one device; remove it"),
+    Refusal("sequence_parallel_degree", _above_one, "a sequence must stay on one device; remove it"),
+    Refusal("tensor_parallel_size", _above_one, "the output head must stay whole; remove it"),
+    Refusal("rl_beta", lambda value: value is not None, "not read by this method; set `beta` in its own block"),
+    Refusal("trl", bool, "TRL's settings are not read by this method; remove the block"),
+    Refusal("dpo_loss_type", bool, "not read by this method; remove it"),
+    Refusal("dpo_loss_weights", bool, "not read by this method; remove it"),
+    Refusal("dpo_label_smoothing", bool, "not read by this method; remove it"),
+    Refusal("precompute_ref_log_probs", bool, "not read by this method; remove it"),
+)
+
+
+def check_settings(cfg: Mapping[str, Any], rl: str) -> None:
+    """Refuses host settings that cannot be honoured.
+
+    Args:
+        cfg: the raw config.
+        rl: the rl type, for messages.
+
+    Raises:
+        ValueError: naming every such key, its value and the remedy.
+    """
+    found = [r for r in REFUSALS if cfg.get(r.key) is not None and r.refused(cfg.get(r.key))]
+    if found:
+        lines = [f"{r.key}: {cfg.get(r.key)!r} cannot be honoured with `rl: {rl}`: {r.remedy}" for r in found]
+        raise ValueError("\n".join(lines))
+    if not cfg.get("datasets"):
+        raise ValueError(f"datasets: missing; `rl: {rl}` needs rows to train on")
+
+
+def check_packing(cfg: Mapping[str, Any]) -> None:
+    """Refuses packing where the attention implementation lets the sequences of a pack see each other.
+
+    Raises:
+        ValueError: naming the key and the remedy.
+    """
+    if cfg.get("sample_packing") and not cfg.get("attn_decontaminates_packing"):
+        raise ValueError(
+            f"sample_packing: true with attn_implementation: {cfg.get('attn_implementation')!r}: the sequences of a "
+            "pack would see each other. Set `attn_implementation:` to flash_attention_2, flex_attention, sdpa or eager"
+        )

@@ -1,0 +1,95 @@
+"""The `datasets:` entries of a run: rewritten so that the host asks our strategy, which asks the host's own.
+
+The host's prepared-dataset hash is a fixed list of fields of an entry. It sees neither `rl` nor the content of a file
+(an edited row would load the stale set), so `input_transform`, which the host hashes and does not read, carries a
+digest of what it cannot see.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+STRATEGY = "poft_plugin.hosts.axolotl.strategy"
+SALT_FIELD = "input_transform"
+CONTRACT = 1
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A dataset entry as the user wrote it.
+
+    Args:
+        raw: the entry's keys.
+        label: what rows of it are called: the path's last part, numbered where two entries share it.
+        group_column: raw column whose value rows carry as their group, or None.
+    """
+
+    raw: Mapping[str, Any]
+    label: str
+    group_column: str | None
+
+
+ENTRIES: dict[str, Entry] = {}
+"""Entries of this process by digest: how the strategy finds what `register` took over."""
+
+
+def take_over_entries(cfg: Any, rl: str, group_column: str | None) -> None:
+    """Rewrites `datasets:` and `test_datasets:` of a raw config in place.
+
+    Args:
+        cfg: the raw config.
+        rl: the rl type.
+        group_column: as in `Entry`.
+
+    Raises:
+        ValueError: for an entry without path or type.
+    """
+    used: dict[str, int] = {}
+    for section in ("datasets", "test_datasets"):
+        for number, raw in enumerate(cfg.get(section) or []):
+            entry = Entry(dict(raw), _label(raw, f"{section}[{number}]", used), group_column)
+            digest = _digest(entry, rl, cfg)
+            ENTRIES[digest] = entry
+            cfg[section][number] = {**dict(raw), "type": STRATEGY, SALT_FIELD: digest}
+
+
+def _label(raw: Mapping[str, Any], where: str, used: dict[str, int]) -> str:
+    for key in ("path", "type"):
+        if not raw.get(key):
+            raise ValueError(f"{where}: no `{key}:`")
+    path = str(raw["path"])
+    name = Path(path).name if Path(path).exists() else path
+    label = " ".join([name, *(str(raw[key]) for key in ("name", "split") if raw.get(key))])
+    used[label] = used.get(label, 0) + 1
+    return label if used[label] == 1 else f"{label} #{used[label]}"
+
+
+def _digest(entry: Entry, rl: str, cfg: Mapping[str, Any]) -> str:
+    digest = hashlib.sha256(
+        json.dumps([CONTRACT, rl, entry.label, entry.group_column, entry.raw], sort_keys=True, default=str).encode()
+    )
+    for file in _files(entry.raw, cfg):
+        digest.update(file.name.encode())
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def _files(raw: Mapping[str, Any], cfg: Mapping[str, Any]) -> Iterable[Path]:
+    """Local files that the prepared rows depend on: data, templates, the policy's tokenizer."""
+    data_files = raw.get("data_files") or []
+    named = [raw["path"], *([data_files] if isinstance(data_files, str) else data_files)]
+    named += [raw.get("chat_template_jinja"), cfg.get("chat_template_jinja")]
+    tokenizer = Path(str(cfg.get("tokenizer_config") or cfg.get("base_model")))
+    found = [tokenizer / name for name in TOKENIZER_FILES]
+    for name in named:
+        if name and len(str(name)) < 1024 and Path(str(name)).is_dir():
+            found += sorted(path for path in Path(str(name)).rglob("*") if ".cache" not in path.parts)
+        elif name and len(str(name)) < 1024:
+            found.append(Path(str(name)))
+    return [path for path in found if path.is_file()]

@@ -1,0 +1,87 @@
+"""The plugin class that `plugins: [poft_plugin.PoftPlugin]` names.
+
+Nothing of `axolotl.core` is imported at the top: Axolotl's training arguments freeze on their first import.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import axolotl
+from axolotl.integrations.base import BasePlugin
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.logging import get_logger
+
+from poft_plugin.data.preparation import RunContext
+from poft_plugin.hosts.axolotl.compat import TESTED_VERSIONS, prepare_cpu_ranks
+from poft_plugin.hosts.axolotl.run import MethodRun, take_over
+
+LOG = get_logger(__name__)
+
+if axolotl.__version__ not in TESTED_VERSIONS:
+    LOG.warning(
+        f"poft_plugin was tested with axolotl {', '.join(TESTED_VERSIONS)}; this is {axolotl.__version__}. "
+        "tests/hosts/axolotl/test_contract.py says what has to hold"
+    )
+
+
+class PoftPlugin(BasePlugin):  # type: ignore[misc]
+    """Adds the rl types of the method table to Axolotl. Every hook does nothing where `rl:` is not one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._run: MethodRun | None = None
+        self._statistics: Mapping[str, float] = {}
+
+    def register(self, cfg: DictDefault) -> None:
+        """Validates our blocks, takes `rl` off the raw config, rewrites its dataset entries."""
+        self._run = take_over(cfg)
+        self._statistics = {}
+        if self._run is not None:
+            method = self._run.method
+            LOG.info(f"rl: {method.name} ({method.paper}); {method.block}: {self._run.settings!r}")
+
+    def get_input_args(self) -> str:
+        """Our keys in the host's schema."""
+        return "poft_plugin.hosts.axolotl.args.PoftPluginArgs"
+
+    def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> Any:
+        """The host's rows, scored, joined and filtered."""
+        if self._run is None:
+            return None
+        from poft_plugin.hosts.axolotl.datasets import prepare
+
+        prepare_cpu_ranks(cfg)
+        context = RunContext.from_environment("preprocess" if preprocess else "train")
+        meta, self._statistics = prepare(cfg, self._run, context)
+        return meta
+
+    def get_training_args(self, cfg: DictDefault) -> dict[str, Any] | None:
+        """Keeps our columns, and the last batch of a data set unless its loss was asked for."""
+        if self._run is None:
+            return None
+        return {"remove_unused_columns": False, "dataloader_drop_last": bool(cfg.dataloader_drop_last)}
+
+    def get_collator_cls_and_kwargs(self, cfg: DictDefault, is_eval: bool = False) -> Any:
+        """Our batch layout around the host's own collator."""
+        if self._run is None:
+            return None
+        from poft_plugin.hosts.axolotl.collators import host_collator
+
+        return host_collator(cfg, self._run.method.columns, is_eval=is_eval), {}
+
+    def get_trainer_cls(self, cfg: DictDefault) -> Any:
+        """The trainer class of this run."""
+        if self._run is None:
+            return None
+        from poft_plugin.hosts.axolotl.trainer import trainer_class
+
+        return trainer_class(self._run)
+
+    def add_callbacks_post_trainer(self, cfg: DictDefault, trainer: Any) -> list[Any]:
+        """Logs the references' statistics once, to every tracker that the host runs."""
+        if self._run is None or not self._statistics:
+            return []
+        from poft_plugin.hosts.axolotl.callbacks import LogOnce
+
+        return [LogOnce(trainer, self._statistics)]
+

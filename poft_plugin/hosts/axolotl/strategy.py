@@ -1,0 +1,166 @@
+"""The dataset strategy that `register` writes into every entry: the host's own tokens, with the row's key beside them.
+
+The host's strategy for the entry's original `type` does the tokenizing; this one adds the columns that scores join by.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from axolotl.prompt_tokenizers import DatasetWrappingStrategy, PromptTokenizingStrategy
+from axolotl.utils.data.wrappers import get_dataset_wrapper
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.schemas.datasets import SFTDataset, UserDefinedPrompterType
+from datasets import Dataset, concatenate_datasets
+
+from poft_plugin.data.columns import CONVERSATION, GROUP, ROW_KEY, ROW_NUMBER, SOURCE
+from poft_plugin.data.rows import RowError, dump_conversation, load_conversation, row_key
+from poft_plugin.hosts.axolotl.conversations import SUPPORTED, Reader, conversation_reader
+from poft_plugin.hosts.axolotl.entries import ENTRIES, SALT_FIELD, Entry
+from poft_plugin.losses.logps import IGNORED
+
+
+def load(tokenizer: Any, cfg: DictDefault, ds_cfg: Mapping[str, Any]) -> "MethodStrategy":
+    """What the host calls for `type: poft_plugin.hosts.axolotl.strategy`."""
+    entry = ENTRIES[ds_cfg[SALT_FIELD]]
+    return MethodStrategy(tokenizer, cfg, _host_entry(entry, ds_cfg), entry)
+
+
+@dataclass
+class MethodStrategy(DatasetWrappingStrategy):
+    """Wraps a raw data set.
+
+    Args:
+        tokenizer: the policy's.
+        cfg: the host's config.
+        ds_cfg: the entry as the host would have seen it without us.
+        entry: the entry as the user wrote it.
+    """
+
+    tokenizer: Any
+    cfg: DictDefault
+    ds_cfg: DictDefault
+    entry: Entry
+
+    def wrap_dataset(
+        self, dataset: Any, process_count: int | None = None, keep_in_memory: bool | None = False, **_: Any
+    ) -> Dataset:
+        """The host's tokenized rows with `row_key`, `conversation`, `source`, `row_number` (and `group`) beside them.
+
+        Raises:
+            ValueError: for a data set that is empty, streamed or already tokenized, or a `type` that is not supported.
+            RowError: for a row without a response, naming it.
+        """
+        label = self.entry.label
+        if not isinstance(dataset, Dataset):
+            raise ValueError(f"{label}: a streamed data set cannot be scored; remove `streaming:`")
+        if not len(dataset):
+            raise ValueError(f"{label}: no rows in it")
+        reader = conversation_reader(self._strategy(dataset), label)
+        read = partial(_read_row, reader=reader, label=label, group_column=self.entry.group_column)
+        # conversations first: they refuse a bad row by its number, where the host would fail without one
+        rows = dataset.map(
+            read,
+            with_indices=True,
+            remove_columns=dataset.column_names,
+            num_proc=process_count,
+            keep_in_memory=bool(keep_in_memory),
+            desc="Reading conversations",
+        )
+        tokens = self._host_rows(dataset)
+        if len(tokens) != len(rows):
+            raise ValueError(f"{label}: its `type` drops rows while tokenizing; such a type is not supported")
+        _check_labels(tokens, rows, label)
+        return concatenate_datasets([tokens, rows], axis=1)
+
+    def _strategy(self, dataset: Dataset) -> PromptTokenizingStrategy:
+        wrapped = self._host_rows(_Unmapped(dataset.data))
+        strategy = getattr(wrapped, "prompt_tokenizer", None)
+        if strategy is None:
+            raise ValueError(
+                f"{self.entry.label}: type {self.entry.raw['type']!r} gives tokens without a text to score "
+                f"(or is already tokenized). What works: {SUPPORTED}"
+            )
+        return strategy
+
+    def _host_rows(self, dataset: Dataset) -> Dataset:
+        kind = self.ds_cfg.type
+        base, _, style = kind.partition(":") if isinstance(kind, str) else (None, "", None)
+        wrapped, _prompter = get_dataset_wrapper(
+            dataset_config=self.ds_cfg,
+            tokenizer=self.tokenizer,
+            cfg=self.cfg,
+            dataset_base_type=base,
+            dataset=dataset,
+            dataset_prompt_style=style or None,
+        )
+        return wrapped
+
+
+class _Unmapped(Dataset):
+    """A data set that does not map or filter: the host builds its strategy around it and tokenizes nothing."""
+
+    def map(self, *_: Any, **__: Any) -> Dataset:
+        """Itself."""
+        return self
+
+    def filter(self, *_: Any, **__: Any) -> Dataset:
+        """Itself."""
+        return self
+
+
+def _host_entry(entry: Entry, ds_cfg: Mapping[str, Any]) -> DictDefault:
+    raw = dict(entry.raw)
+    if isinstance(raw["type"], Mapping):
+        unknown = sorted(set(raw["type"]) - set(UserDefinedPrompterType.model_fields))
+        if unknown:
+            allowed = ", ".join(UserDefinedPrompterType.model_fields)
+            raise ValueError(f"{entry.label}: type: unknown keys {unknown}; allowed: {allowed}")
+    seen = SFTDataset(**raw).model_dump(exclude_none=True)
+    expanded = {key: ds_cfg[key] for key in ("name", "shards", "shards_idx") if ds_cfg.get(key) is not None}
+    return DictDefault({**ds_cfg, SALT_FIELD: None, **seen, **expanded})
+
+
+def _read_row(
+    row: Mapping[str, Any], index: int, *, reader: Reader, label: str, group_column: str | None
+) -> dict[str, Any]:
+    where = f"{label} row {index}"
+    conversation = reader(row, where)
+    columns = {
+        ROW_KEY: row_key(conversation),
+        CONVERSATION: dump_conversation(conversation),
+        SOURCE: label,
+        ROW_NUMBER: index,
+    }
+    if group_column is not None:
+        if row.get(group_column) is None:
+            raise RowError(f"{where}: no value in the column {group_column!r} that rows are to be ranked within")
+        columns[GROUP] = str(row[group_column])
+    return columns
+
+
+def _check_labels(tokens: Dataset, rows: Dataset, label: str) -> None:
+    """Every turn that counts must be trained on by the policy: the host leaves out a turn that it cannot locate."""
+    turns = np.array([sum(turn.counted for turn in load_conversation(text)) for text in rows[CONVERSATION]])
+    short = np.flatnonzero(_label_spans(tokens) < turns)
+    if len(short):
+        raise RowError(
+            f"{label} row {int(short[0])}: the policy's chat template hides an assistant turn that is to be trained on "
+            f"({len(short)} such rows). Check `chat_template` against the data"
+        )
+
+
+def _label_spans(tokens: Dataset) -> np.ndarray:
+    """`(n,)`: runs of trained tokens in each row, not counting a row's first token, which nothing predicts."""
+    counts = []
+    for batch in tokens.select_columns(["labels"]).with_format("arrow").iter(batch_size=4096):
+        for column in pa.chunked_array(batch["labels"]).chunks:
+            trained = np.asarray(column.flatten()) != IGNORED
+            offsets = np.asarray(column.offsets) - column.offsets[0].as_py()
+            trained[offsets[:-1][offsets[:-1] < len(trained)]] = False
+            sums = np.concatenate([[0], np.cumsum(trained & ~np.concatenate([[False], trained[:-1]]))])
+            counts.append(sums[offsets[1:]] - sums[offsets[:-1]])
+    return np.concatenate(counts)

@@ -1,0 +1,155 @@
+"""Where a causal language model keeps its decoder and head, and a forward that stops at the response tokens.
+
+Nothing here imports transformers: a model is anything with `get_decoder()`, `get_output_embeddings()` and `config`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import log_softmax
+
+from poft_plugin.losses.logps import LogitTransform, token_logps
+
+PROBE_TOKENS = 8
+"""Tokens of the check that our head gives what the model's own forward gives."""
+
+PROBE_TOLERANCE = 0.05
+"""Nats. A forgotten scale or soft-cap is off by whole nats; rounding in bfloat16 by some thousandths."""
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """The parts of a causal language model.
+
+    Args:
+        decoder: maps token ids to the hidden states that enter the head (final norm included).
+        head: the linear output layer.
+        transform: what the model does to logits after the head.
+    """
+
+    decoder: nn.Module
+    head: nn.Linear
+    transform: LogitTransform
+
+
+def language_model(model: nn.Module) -> LanguageModel:
+    """Finds decoder, head and logit transform of a causal language model, below any PEFT wrapper.
+
+    Args:
+        model: a transformers model, or a PEFT model around one.
+
+    Raises:
+        ValueError: if the head is not a plain linear layer (a LoRA-wrapped head, say), with the remedy.
+    """
+    inner = _unwrapped(model)
+    config = inner.config
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    scale = float(getattr(text_config, "logit_scale", None) or 1.0)
+    divisor = float(getattr(text_config, "logits_scaling", None) or 1.0)
+    soft_cap = getattr(text_config, "final_logit_softcapping", None)
+    transform = LogitTransform(scale / divisor, None if soft_cap is None else float(soft_cap))
+    return LanguageModel(inner.get_decoder(), _linear_head(inner), transform)
+
+
+def install_response_forward(model: nn.Module) -> LanguageModel:
+    """Teaches a model to answer `model(..., response_positions=, response_targets=)` with token log-probabilities.
+
+    The call goes through the model as it is wrapped later (DDP, DeepSpeed, PEFT), and through the head *module* once,
+    so that gradient synchronisation and ZeRO-3's gathering of the head's weight happen as for any forward. Without
+    `response_targets` the model answers as before.
+
+    Args:
+        model: the model, not yet wrapped for training.
+
+    Returns:
+        Its parts.
+
+    Raises:
+        ValueError: as `language_model`.
+    """
+    parts, inner = language_model(model), _unwrapped(model)
+    inner.forward = _response_forward(inner, parts, inner.forward)
+    parts.head.forward = _head_forward(parts, parts.head.forward)  # type: ignore[method-assign]
+    return parts
+
+
+def check_head(model: nn.Module, transform: LogitTransform, vocabulary: int, device: torch.device) -> None:
+    """Compares our log-probabilities with the model's own logits on a few tokens.
+
+    Args:
+        model: a model on which `install_response_forward` was called, wrapped or not.
+        transform: the transform that was found, for the message.
+        vocabulary: ids are drawn below it.
+        device: where the model's inputs go.
+
+    Raises:
+        ValueError: if they differ: the model does something to its logits that this project does not know.
+    """
+    ids = torch.arange(1, PROBE_TOKENS + 1, device=device)[None] % vocabulary
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        positions = torch.arange(PROBE_TOKENS - 1, device=device)
+        ours = model(input_ids=ids, response_positions=positions, response_targets=ids[0, 1:], use_cache=False)
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+    model.train(was_training)
+    plain = log_softmax(logits, -1).gather(-1, ids[0, 1:, None]).squeeze(-1)
+    worst = float((ours - plain).abs().max())
+    if not worst <= PROBE_TOLERANCE * max(1.0, float(plain.abs().max()) / 10):
+        raise ValueError(
+            f"{type(_unwrapped(model)).__name__}: log-probabilities from its hidden states differ from its own logits "
+            f"by {worst:.3g} nats; it does something after its head that is not known here (known: {transform}). "
+            "This architecture cannot be used"
+        )
+
+
+def _unwrapped(model: Any) -> Any:
+    while hasattr(model, "module") and isinstance(model.module, nn.Module):
+        model = model.module
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _linear_head(model: Any) -> nn.Linear:
+    head = model.get_output_embeddings()
+    if hasattr(head, "modules_to_save"):
+        head = head.modules_to_save[head.active_adapters[0]]
+    if not isinstance(head, nn.Linear):
+        raise ValueError(
+            f"{type(model).__name__}: its output head is a {type(head).__name__}, not a linear layer. If LoRA wraps "
+            "it, take `lm_head` out of `lora_target_modules` (or put it under `lora_modules_to_save`)"
+        )
+    return head
+
+
+def _response_forward(model: Any, parts: LanguageModel, original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def forward(
+        *args: Any,
+        response_positions: Tensor | None = None,
+        response_targets: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if response_targets is None or response_positions is None:
+            return original(*args, **kwargs)
+        inputs = {name: value for name, value in kwargs.items() if value is not None}
+        hidden = parts.decoder(*args, **inputs)[0]
+        picked = hidden.flatten(0, 1).index_select(0, response_positions.to(hidden.device))
+        return model.get_output_embeddings()(picked, response_targets=response_targets)
+
+    return forward
+
+
+def _head_forward(parts: LanguageModel, original: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    head = parts.head
+
+    def forward(hidden: Tensor, response_targets: Tensor | None = None) -> Tensor:
+        if response_targets is None:
+            return original(hidden)
+        targets = response_targets.to(hidden.device)
+        return token_logps(hidden, head.weight, targets, head.bias, transform=parts.transform)
+
+    return forward

@@ -1,0 +1,230 @@
+"""Log-probabilities of given tokens from hidden states: the only place that projects through a language-model head.
+
+Axes: N predicted tokens, D hidden size, V vocabulary, B sequences. Log-probabilities are natural logs (nats).
+
+The head of a current model maps 4 k hidden numbers to 128 k logits, and only response tokens need it. `token_logps`
+takes the hidden states that predict them, walks through them a chunk at a time, keeps one number a token (the
+log-normaliser) and computes the chunk's logits again in backward. The plain form is kept beside it as the oracle.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, log_softmax
+
+IGNORED = -100
+"""Label of a token that does not count, as everywhere in transformers."""
+
+CHUNK_TOKENS = 128
+"""Tokens whose logits exist at one time. 128 x 128,256 logits in float32 are 63 MiB."""
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a model does to its logits after the head: `soft_cap * tanh(scale * logits / soft_cap)`.
+
+    Args:
+        scale: factor on the logits (Cohere's `logit_scale`, one over Granite's `logits_scaling`).
+        soft_cap: bound of a tanh soft-cap in logits (Gemma 2), or None.
+    """
+
+    scale: float = 1.0
+    soft_cap: float | None = None
+
+    def apply(self, logits: Tensor) -> Tensor:
+        """Transforms logits `(..., V)`."""
+        scaled = logits if self.scale == 1.0 else logits * self.scale
+        return scaled if self.soft_cap is None else torch.tanh(scaled / self.soft_cap) * self.soft_cap
+
+    def backward(self, transformed: Tensor, grad: Tensor) -> Tensor:
+        """Gradient with respect to the raw logits, from the transformed logits and the gradient at them; in place."""
+        if self.soft_cap is not None:
+            grad *= 1 - (transformed / self.soft_cap) ** 2
+        return grad if self.scale == 1.0 else grad.mul_(self.scale)
+
+
+IDENTITY = LogitTransform()
+
+
+def plain_token_logps(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, transform: LogitTransform = IDENTITY
+) -> Tensor:
+    """The literal form of `token_logps`: all logits, a log-softmax over them, one gathered. The oracle in tests."""
+    logits = transform.apply(linear(hidden, weight, bias).float() if hidden.dtype != torch.float64 else
+                             linear(hidden, weight, bias))
+    return log_softmax(logits, dim=-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    transform: LogitTransform = IDENTITY,
+    chunk_tokens: int = CHUNK_TOKENS,
+) -> Tensor:
+    r"""`log softmax(transform(hidden @ weight.T + bias))[targets]`, never more than `chunk_tokens` rows of logits.
+
+    Args:
+        hidden: `(N, D)`: `hidden[n]` is what enters the head at the position *before* token n. Carries gradient.
+        weight: `(V, D)`, the head's weight. Carries gradient where it requires it.
+        targets: `(N,)`, integer token ids in `[0, V)`.
+        bias: `(V,)` or None.
+        transform: what the model does to its logits after the head.
+        chunk_tokens: tokens per chunk; it changes memory, not the result.
+
+    Returns:
+        `(N,)` in float32 (float64 for float64 inputs), nats.
+
+    Raises:
+        ValueError: if the shapes do not fit one another, or `chunk_tokens` is below 1.
+
+    Examples:
+        >>> logps = token_logps(torch.zeros(1, 3), torch.ones(4, 3), torch.tensor([2]))
+        >>> bool(torch.isclose(logps, -torch.tensor([4.0]).log()).all())
+        True
+
+    Products are taken in the dtype that the model itself would use (the autocast dtype where autocast is on), the
+    soft-max in float32, as transformers does. Gradients of the weight are summed over chunks in float32.
+    """
+    if hidden.ndim != 2 or targets.shape != hidden.shape[:1] or weight.shape[-1] != hidden.shape[-1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}: "
+            "expected (N, D), (V, D), (N,)"
+        )
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens: {chunk_tokens}; at least 1")
+    dtype = _compute_dtype(hidden)
+    logps: Tensor = _TokenLogps.apply(hidden, weight, bias, targets, transform, chunk_tokens, dtype)
+    return logps
+
+
+def mean_logps(logps: Tensor, sequence_ids: Tensor, num_sequences: int) -> tuple[Tensor, Tensor]:
+    r"""Per-sequence mean log-probability `(1 / T) * sum_t logp_t` and token count `T` from flat token values.
+
+    Args:
+        logps: `(N,)`, nats. Carries gradient.
+        sequence_ids: `(N,)`, the sequence (0 .. num_sequences - 1) that each token belongs to.
+        num_sequences: B.
+
+    Returns:
+        `(B,)` means in nats per token, and `(B,)` counts (same dtype). A sequence without tokens gets mean 0, count 0.
+
+    Examples:
+        >>> means, counts = mean_logps(torch.tensor([-1.0, -3.0, -5.0]), torch.tensor([0, 0, 1]), 2)
+        >>> means.tolist(), counts.tolist()
+        ([-2.0, -5.0], [2.0, 1.0])
+    """
+    sums = logps.new_zeros(num_sequences).index_add(0, sequence_ids, logps)
+    counts = logps.new_zeros(num_sequences).index_add(0, sequence_ids, torch.ones_like(logps))
+    return sums / counts.clamp(min=1), counts
+
+
+def response_positions(labels: Tensor, sequence_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Where the counted tokens of a batch are predicted: the shift and the mask, in one place.
+
+    A counted token at position t of its sequence is predicted by the hidden state at t - 1 of the *same* sequence; the
+    first token of a sequence is predicted by nothing and never counts.
+
+    Args:
+        labels: `(R, L)` token ids, -100 where a token does not count.
+        sequence_ids: `(R, L)` number of the sequence that each token belongs to, -1 on padding.
+
+    Returns:
+        `(N,)` positions in the flattened `(R * L)` hidden states, `(N,)` target ids, `(N,)` sequence numbers.
+
+    Examples:
+        >>> labels, sequences = torch.tensor([[-100, 7, 5, 6]]), torch.tensor([[0, 0, 1, 1]])
+        >>> [t.tolist() for t in response_positions(labels, sequences)]
+        [[0, 2], [7, 6], [0, 1]]
+    """
+    counted = torch.zeros_like(labels, dtype=torch.bool)
+    same = (sequence_ids[:, 1:] == sequence_ids[:, :-1]) & (sequence_ids[:, 1:] >= 0)
+    counted[:, 1:] = (labels[:, 1:] != IGNORED) & same
+    positions = counted.flatten().nonzero().squeeze(-1) - 1
+    return positions, labels[counted], sequence_ids[counted]
+
+
+def _compute_dtype(hidden: Tensor) -> torch.dtype:
+    device_type = hidden.device.type
+    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return hidden.dtype
+
+
+def _chunk_logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform
+) -> Tensor:
+    logits = linear(hidden, weight, bias)
+    return transform.apply(logits if logits.dtype == torch.float64 else logits.float())
+
+
+class _TokenLogps(torch.autograd.Function):
+    """Chunked log-probabilities with their gradient written out: `d logp / d logits = onehot(target) - softmax`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        transform: LogitTransform,
+        chunk_tokens: int,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        out_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        logps = hidden.new_empty(len(hidden), dtype=out_dtype)
+        log_normalisers = torch.empty_like(logps)
+        with torch.autocast(hidden.device.type, enabled=False):
+            cast_weight, cast_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+            for start in range(0, len(hidden), chunk_tokens):
+                rows = slice(start, start + chunk_tokens)
+                logits = _chunk_logits(hidden[rows].to(dtype), cast_weight, cast_bias, transform)
+                log_normalisers[rows] = logits.logsumexp(-1)
+                logps[rows] = logits.gather(-1, targets[rows, None]).squeeze(-1) - log_normalisers[rows]
+        ctx.save_for_backward(hidden, weight, bias, targets, log_normalisers)
+        ctx.transform, ctx.chunk_tokens, ctx.dtype = transform, chunk_tokens, dtype
+        return logps
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, log_normalisers = ctx.saved_tensors
+        transform, step, dtype = ctx.transform, ctx.chunk_tokens, ctx.dtype
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        sum_dtype = log_normalisers.dtype
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if needs_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=sum_dtype) if needs_bias else None
+        cast_weight, cast_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        for start in range(0, len(hidden), step):
+            rows = slice(start, start + step)
+            chunk = hidden[rows].to(dtype)
+            logits = _chunk_logits(chunk, cast_weight, cast_bias, transform)
+            grad = (logits - log_normalisers[rows, None]).exp_().neg_()
+            grad.scatter_add_(-1, targets[rows, None], torch.ones_like(grad[:, :1]))
+            grad *= grad_outputs[0][rows, None]
+            grad = transform.backward(logits, grad)
+            if grad_bias is not None:
+                grad_bias += grad.sum(0)
+            if grad_hidden is not None:
+                grad_hidden[rows] = (grad.to(dtype) @ cast_weight).to(hidden.dtype)
+            if grad_weight is not None:
+                _add_outer(grad_weight, grad, chunk)
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None, None, None, None,
+        )  # fmt: skip
+
+
+def _add_outer(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
+    """`total += grad.T @ hidden`, the product in hidden's dtype, the sum in total's."""
+    if hidden.dtype == total.dtype:
+        total.addmm_(grad.t(), hidden)
+    else:
+        total += grad.to(hidden.dtype).t() @ hidden

@@ -1,0 +1,1 @@
+"""Tables and warnings from scores and logs."""

@@ -1,0 +1,1 @@
+"""Scoring: reference models over rows, a content-addressed cache of scores, shards and resumption."""

@@ -1,0 +1,133 @@
+"""The score cache: a folder per scorer identity, parquet files inside, written atomically and only ever added.
+
+    CACHE/<digest>/identity.json         everything the scores depend on, readable
+    CACHE/<digest>/scores-*.parquet      row_key string, reward float64, num_tokens int32
+
+Several processes may write at once: each writes files of its own.
+"""
+
+import contextlib
+import json
+import os
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from poft_plugin.scoring.scorer import Identity, Score
+
+SCHEMA = pa.schema([("row_key", pa.string()), ("reward", pa.float64()), ("num_tokens", pa.int32())])
+ENVIRONMENT = "POFT_SCORE_CACHE"
+DEFAULT_FOLDER = "poft_scores"
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """What the cache knows of some rows, aligned with the keys that were asked.
+
+    Args:
+        rewards: `(n,)` float64, NaN where there is none.
+        num_tokens: `(n,)` int32, 0 where unknown, minus its length where the row is longer than the scorer's context.
+    """
+
+    rewards: np.ndarray
+    num_tokens: np.ndarray
+
+    @property
+    def missing(self) -> np.ndarray:
+        """`(n,)` booleans: rows that were never looked at."""
+        return np.isnan(self.rewards) & (self.num_tokens == 0)
+
+    @property
+    def too_long(self) -> np.ndarray:
+        """`(n,)` booleans: rows that do not fit into the scorer's context."""
+        return np.isnan(self.rewards) & (self.num_tokens < 0)
+
+
+def cache_folder(setting: str | None) -> Path:
+    """The cache's folder: the setting, else $POFT_SCORE_CACHE, else ./poft_scores."""
+    return Path(setting or os.environ.get(ENVIRONMENT) or DEFAULT_FOLDER)
+
+
+@dataclass(frozen=True)
+class ScoreCache:
+    """The cache under one folder."""
+
+    folder: Path
+
+    def lookup(self, identity: Identity, keys: pa.Array | pa.ChunkedArray) -> Lookup:
+        """Scores of the given rows.
+
+        Args:
+            identity: whose scores.
+            keys: row keys.
+
+        Raises:
+            ValueError: if a cache file cannot be read, naming it.
+        """
+        table = self.table(identity)
+        index = pc.index_in(keys, value_set=table["row_key"])
+        if isinstance(index, pa.ChunkedArray):
+            index = index.combine_chunks()
+        rewards = table["reward"].take(index)
+        tokens = pc.fill_null(table["num_tokens"].take(index), 0)
+        return Lookup(
+            np.array(rewards.to_numpy(), dtype=np.float64), np.array(tokens.to_numpy(), dtype=np.int32)
+        )
+
+    def table(self, identity: Identity) -> pa.Table:
+        """All scores of one scorer."""
+        files = sorted((self.folder / identity.digest).glob("scores-*.parquet"))
+        return pa.concat_tables([_read(file) for file in files] or [SCHEMA.empty_table()])
+
+    def write(self, identity: Identity, scores: Sequence[Score]) -> None:
+        """Adds scores in one new file."""
+        columns = [[s.key for s in scores], [s.reward for s in scores], [s.num_tokens for s in scores]]
+        self.write_table(identity, pa.table(columns, schema=SCHEMA))
+
+    def write_table(self, identity: Identity, table: pa.Table) -> None:
+        """Adds a table of scores in one new file."""
+        folder = self.folder / identity.digest
+        folder.mkdir(parents=True, exist_ok=True)
+        description = folder / "identity.json"
+        if not description.exists():
+            with atomic_file(description) as temporary:
+                temporary.write_text(json.dumps(identity.fields, indent=2, sort_keys=True, ensure_ascii=False))
+        with atomic_file(folder / f"scores-{uuid.uuid4().hex}.parquet") as temporary:
+            pq.write_table(table.cast(SCHEMA), temporary)
+
+    def read_note(self, name: str) -> dict[str, Any]:
+        """A small JSON file beside the scores (`revisions`, `imports`, `fingerprints`); empty where there is none."""
+        path = self.folder / f"{name}.json"
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+
+    def update_note(self, name: str, entries: Mapping[str, Any]) -> None:
+        """Adds entries to such a file."""
+        merged = self.read_note(name) | dict(entries)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with atomic_file(self.folder / f"{name}.json") as temporary:
+            temporary.write_text(json.dumps(merged, indent=2, sort_keys=True, ensure_ascii=False))
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A temporary path in the same folder that becomes `path` when the block ends without an error."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(file: Path) -> pa.Table:
+    try:
+        return pq.read_table(file, columns=SCHEMA.names).cast(SCHEMA)
+    except (OSError, pa.ArrowException, KeyError) as error:
+        raise ValueError(f"{file}: not a readable score file ({error}); delete it, its rows are scored again") from error

@@ -1,0 +1,213 @@
+"""The scorer of PoFT: a causal language model's mean log-probability of the response, under its own template."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+
+from poft_plugin.config import ReferenceConfig
+from poft_plugin.data.render import Rendered, Renderer
+from poft_plugin.data.rows import Conversation, RowError
+from poft_plugin.losses import install_response_forward, mean_logps, response_positions
+from poft_plugin.losses.head import check_head
+from poft_plugin.losses.logps import IGNORED
+from poft_plugin.scoring.checkpoints import Checkpoint
+from poft_plugin.scoring.scorer import Identity, PreparedRow, Score
+
+CONTRACT = "causal LM, mean log-probability of the response, version 1"
+
+
+@dataclass
+class CausalLMScorer:
+    """Scores rows with one reference.
+
+    Args:
+        settings: its entry under `poft.references`.
+        checkpoint: where it is.
+        include_end_of_turn: count end-of-turn tokens.
+    """
+
+    settings: ReferenceConfig
+    checkpoint: Checkpoint
+    include_end_of_turn: bool = False
+    _model: Any = field(default=None, init=False, repr=False)
+    _device: str = field(default="cpu", init=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        """Short name in tables."""
+        return self.settings.label
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer."""
+        return AutoTokenizer.from_pretrained(self.checkpoint.location, **self._source)
+
+    @cached_property
+    def config(self) -> Any:
+        """Its transformers config."""
+        return AutoConfig.from_pretrained(self.checkpoint.location, **self._source)
+
+    @cached_property
+    def chat_template(self) -> str:
+        """The template's Jinja text.
+
+        Raises:
+            ValueError: if neither the config nor the tokenizer has one.
+        """
+        given = self.settings.chat_template
+        if given is not None:
+            is_file = len(given) < 4096 and "{" not in given
+            if is_file and not Path(given).is_file():
+                raise ValueError(f"reference {self.name!r}: chat_template {given!r}: no such file, and not Jinja text")
+            return Path(given).read_text() if is_file else given
+        template = self.tokenizer.chat_template
+        if isinstance(template, dict):
+            template = template.get("default")
+        if not template:
+            raise ValueError(
+                f"reference {self.name!r} ({self.settings.model}): its tokenizer has no chat template. A reference must "
+                "be an aligned model; give its format as `chat_template:` (a file or Jinja text)"
+            )
+        return str(template)
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        """Renders rows for it."""
+        return Renderer(
+            self.tokenizer, self.chat_template, self.name, self.settings.system_turns, self.include_end_of_turn
+        )
+
+    @property
+    def context_length(self) -> int | None:
+        """Longest row it can read, in tokens; None where its config names no bound."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The weights' dtype, `auto` resolved."""
+        if self.settings.dtype != "auto":
+            return getattr(torch, self.settings.dtype)  # type: ignore[no-any-return]
+        stored = self.config.dtype
+        return stored if isinstance(stored, torch.dtype) else torch.float32
+
+    @cached_property
+    def identity(self) -> Identity:
+        """What its scores depend on."""
+        backend = self.tokenizer.backend_tokenizer.to_str()  # type: ignore[attr-defined]
+        return Identity(
+            {
+                "contract": CONTRACT,
+                **self.checkpoint.identity,
+                "dtype": str(self.dtype).removeprefix("torch."),
+                "quantization": self.settings.quantization,
+                "tokenizer": hashlib.sha256(backend.encode()).hexdigest(),
+                "special_tokens": {k: str(v) for k, v in self.tokenizer.special_tokens_map.items()},
+                "chat_template": self.chat_template,
+                "system_turns": self.settings.system_turns,
+                "truncated_to": self.context_length if self.settings.on_long_row == "truncate" else None,
+                "include_end_of_turn": self.include_end_of_turn,
+            }
+        )
+
+    def render(self, conversation: Conversation, where: str) -> Rendered:
+        """One row as this reference sees it."""
+        return self.renderer(conversation, where)
+
+    def prepare(self, key: str, conversation: Conversation, where: str) -> PreparedRow:
+        """Tokenizes a row; with `on_long_row: truncate` it is cut at its end to the context length.
+
+        Raises:
+            RowError: as the renderer, or if nothing of the response is left.
+        """
+        rendered = self.render(conversation, where)
+        length = self.context_length if self.settings.on_long_row == "truncate" else None
+        counted = np.asarray(rendered.counted[:length], dtype=bool)
+        if not counted.any():
+            raise RowError(
+                f"{where}: reference {self.name!r}: the prompt alone fills its context of {length} tokens; nothing of "
+                "the response is left after truncation. Set `on_long_row: drop` or remove the row"
+            )
+        return PreparedRow(key, np.asarray(rendered.input_ids[:length], dtype=np.int32), counted)
+
+    @property
+    def devices(self) -> int:
+        """Accelerators that one copy takes."""
+        return self.settings.devices
+
+    def load(self, device: str) -> None:
+        """Loads the weights onto `device` (and the next ones, for several GPUs) and checks the head against the model's own logits."""
+        model = AutoModelForCausalLM.from_pretrained(
+            self.checkpoint.location,
+            dtype=self.dtype,
+            attn_implementation=self.settings.attn_implementation,
+            quantization_config=_quantization(self.settings.quantization, self.dtype),
+            **_placement(device, self.settings.devices),
+            **self._source,
+        ).eval()
+        parts = install_response_forward(model)
+        self._model, self._device = model, device
+        check_head(model, parts.transform, int(parts.head.weight.shape[0]), torch.device(device))
+
+    def unload(self) -> None:
+        """Frees the weights."""
+        self._model = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def score(self, batch: Sequence[PreparedRow]) -> list[Score]:
+        """Rewards of a batch of prepared rows: right-padded, the head on response positions only."""
+        ids, labels, sequences = (tensor.to(self._device) for tensor in _padded(batch))
+        positions, targets, numbers = response_positions(labels, sequences)
+        with torch.inference_mode():
+            logps = self._model(
+                input_ids=ids,
+                attention_mask=(sequences >= 0).long(),
+                use_cache=False,
+                response_positions=positions,
+                response_targets=targets,
+            )
+            rewards, counts = mean_logps(logps.double(), numbers.to(logps.device), len(batch))
+        return [
+            Score(row.key, reward, int(count))
+            for row, reward, count in zip(batch, rewards.tolist(), counts.tolist(), strict=True)
+        ]
+
+    @property
+    def _source(self) -> dict[str, Any]:
+        return {"revision": self.checkpoint.commit or "main", "trust_remote_code": self.settings.trust_remote_code}
+
+
+def _padded(batch: Sequence[PreparedRow]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`(R, L)` ids, labels and sequence numbers; padding is masked by its number -1, never by its id."""
+    shape = len(batch), max(map(len, batch))
+    ids, labels = np.zeros(shape, dtype=np.int64), np.full(shape, IGNORED, dtype=np.int64)
+    sequences = np.full(shape, -1, dtype=np.int64)
+    for number, row in enumerate(batch):
+        ids[number, : len(row)] = row.input_ids
+        labels[number, : len(row)][row.counted] = row.input_ids[row.counted]
+        sequences[number, : len(row)] = number
+    return torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(sequences)
+
+
+def _quantization(name: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if name is None:
+        return None
+    if name == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def _placement(device: str, devices: int) -> dict[str, Any]:
+    """The whole model on one device, or balanced over the `devices` GPUs that begin at `device`."""
+    if devices == 1:
+        return {"device_map": {"": device}}
+    first = torch.device(device).index or 0
+    gpus = range(first, first + devices)
+    return {"device_map": "balanced", "max_memory": {gpu: torch.cuda.mem_get_info(gpu)[0] for gpu in gpus}}

@@ -1,0 +1,104 @@
+"""What a scorer is: it turns a row into a reward, and says exactly what it is, so that its scores can be cached."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from poft_plugin.data.rows import Conversation
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Everything that a score depends on, and nothing else (no batch size, ranks, run names or folders).
+
+    Args:
+        fields: JSON-able settings, with `auto` and null already resolved.
+    """
+
+    fields: Mapping[str, Any]
+
+    def dumps(self) -> str:
+        """Canonical JSON."""
+        return json.dumps(self.fields, sort_keys=True, ensure_ascii=False)
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits of SHA-256 over the canonical JSON: the name of the scorer's folder in the cache."""
+        return hashlib.sha256(self.dumps().encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class PreparedRow:
+    """A row as token ids, compact enough to hold a whole data set.
+
+    Args:
+        key: row key.
+        input_ids: int32 `(T,)`.
+        counted: bool `(T,)`, the tokens whose log-probability counts.
+    """
+
+    key: str
+    input_ids: np.ndarray
+    counted: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A row's score.
+
+    Args:
+        key: row key.
+        reward: what the scorer measures; for a causal LM the mean log-probability per response token, nats.
+        num_tokens: tokens counted.
+    """
+
+    key: str
+    reward: float
+    num_tokens: int
+
+
+class Scorer(Protocol):
+    """Scores rows with one model. Preparing needs the tokenizer only; `load` brings the weights."""
+
+    @property
+    def name(self) -> str:
+        """Short name in tables."""
+        ...
+
+    @property
+    def identity(self) -> Identity:
+        """What its scores depend on."""
+        ...
+
+    @property
+    def context_length(self) -> int | None:
+        """Longest row it can read, in tokens; None for no bound."""
+        ...
+
+    @property
+    def devices(self) -> int:
+        """Accelerators that one copy takes."""
+        ...
+
+    def prepare(self, key: str, conversation: Conversation, where: str) -> PreparedRow:
+        """Tokenizes a row, whatever its length; `RowError` where it cannot be scored."""
+        ...
+
+    def load(self, device: str) -> None:
+        """Loads the weights."""
+        ...
+
+    def score(self, batch: Sequence[PreparedRow]) -> list[Score]:
+        """Scores one batch of prepared rows."""
+        ...
+
+    def unload(self) -> None:
+        """Frees the weights."""
+        ...

@@ -1,0 +1,141 @@
+"""Tiny models, tokenizers and data sets, built from nothing: what tests train and score with."""
+
+import json
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+INST = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] | trim }} [/INST]"
+    "{% elif m['role'] == 'assistant' %} {{ m['content'] | trim }}{{ eos_token }}"
+    "{% else %}{{ raise_exception('only user and assistant turns') }}{% endif %}{% endfor %}"
+)
+
+WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu one two three four five six seven".split()
+
+CPU_SETTINGS: dict[str, Any] = {
+    "bf16": False,
+    "fp16": False,
+    "tf32": False,
+    "attn_implementation": "sdpa",
+    "optimizer": "adamw_torch",
+    "gradient_checkpointing": False,
+    "dataset_num_proc": 1,
+    "dataloader_num_workers": 0,
+    "dataloader_pin_memory": False,
+    "lr_scheduler": "constant",
+    "warmup_steps": 0,
+    "weight_decay": 0.0,
+    "sequence_len": 512,
+    "micro_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "num_epochs": 1,
+    "learning_rate": 1e-3,
+    "val_set_size": 0,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "seed": 7,
+    "special_tokens": {"pad_token": "<|pad|>"},
+    "use_wandb": False,
+}
+
+
+def text_corpus(seed: int = 0) -> list[str]:
+    """Sentences to train tokenizers on."""
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=12)) + ". Äther, naïve, 東京 ✓\n" for _ in range(300)]
+
+
+def bpe_tokenizer(folder: Path, *, vocab_size: int, template: str, specials: Sequence[str], eos: str) -> Path:
+    """A byte-level BPE tokenizer with a chat template, saved as `AutoTokenizer` finds it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(specials),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(text_corpus(vocab_size), trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=eos, pad_token="<|pad|>", bos_token=specials[0], chat_template=template
+    )
+    fast.save_pretrained(folder)
+    return folder
+
+
+def llama(folder: Path, *, vocab_size: int, seed: int, hidden: int = 32, layers: int = 2, context: int = 1024) -> Path:
+    """A random Llama in float32."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=context,
+        initializer_range=0.3,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def policy(folder: Path, seed: int = 1) -> Path:
+    """A tiny policy that speaks ChatML."""
+    specials = ["<|bos|>", "<|im_end|>", "<|pad|>", "<|im_start|>"]
+    bpe_tokenizer(folder, vocab_size=400, template=CHATML, specials=specials, eos="<|im_end|>")
+    return llama(folder, vocab_size=400, seed=seed)
+
+
+def reference(folder: Path, seed: int = 2, context: int = 1024) -> Path:
+    """A tiny reference with another tokenizer and a template that strips and refuses system turns."""
+    bpe_tokenizer(folder, vocab_size=330, template=INST, specials=["<s>", "</s>", "<|pad|>"], eos="</s>")
+    return llama(folder, vocab_size=330, seed=seed, context=context)
+
+
+def chat_rows(count: int, seed: int = 0, turns: int = 1) -> list[dict[str, Any]]:
+    """Chat rows of differing lengths."""
+    rng = random.Random(seed)
+
+    def words(low: int, high: int) -> str:
+        return " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
+
+    rows = []
+    for number in range(count):
+        messages = []
+        for _ in range(turns):
+            messages.append({"role": "user", "content": f"{number}: {words(2, 9)}?"})
+            messages.append({"role": "assistant", "content": f"{words(1, 14)}."})
+        rows.append({"messages": messages})
+    return rows
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+def write_config(path: Path, **settings: Any) -> Path:
+    """An Axolotl config for a CPU; settings of None are left out."""
+    merged = {**CPU_SETTINGS, **settings}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump({k: v for k, v in merged.items() if v is not None}, sort_keys=False))
+    return path
