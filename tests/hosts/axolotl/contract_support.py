@@ -10,13 +10,15 @@ os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")  # else its telemetry client 
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ContextDecorator, contextmanager
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import Any
 
+import pytest
 import torch
 from axolotl.integrations.base import BasePlugin, PluginManager
 from axolotl.utils.config import validate_config
 from axolotl.utils.dict import DictDefault
+from axolotl.utils.samplers import multipack
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -117,6 +119,11 @@ def only_plugins(*plugins: BasePlugin) -> Iterator[PluginManager]:
         yield manager
     finally:
         manager.plugins, manager.cfg = before, before_cfg
+
+
+def pack_without_garbage_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The multipack sampler collects garbage at every call, 0.2 s each; tests leave that out."""
+    monkeypatch.setattr(multipack, "gc", SimpleNamespace(collect=int))
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

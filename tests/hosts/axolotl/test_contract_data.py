@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contract_support import WORDS, host_fact, tiny_tokenizer, valid_config
+from contract_support import WORDS, host_fact, pack_without_garbage_collection, tiny_tokenizer, valid_config
 
 # isort: split
 # (the line above sets the environment, before Axolotl is imported)
@@ -26,6 +26,11 @@ from datasets import Dataset
 
 DATASETS = "hosts/axolotl/datasets.py"
 STRATEGIES = "axolotl/prompt_strategies/__init__.py load"
+
+
+@pytest.fixture(autouse=True)
+def quick_packing(monkeypatch: pytest.MonkeyPatch) -> None:
+    pack_without_garbage_collection(monkeypatch)
 
 
 class NotingStrategy(DatasetWrappingStrategy):

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from contract_support import WORDS, host_fact, tiny_llama, tiny_tokenizer, token_row, valid_config
+from contract_support import (
+    WORDS,
+    host_fact,
+    only_plugins,
+    pack_without_garbage_collection,
+    tiny_llama,
+    tiny_tokenizer,
+    token_row,
+    valid_config,
+)
 
 # isort: split
 # (the line above sets the environment, before Axolotl is imported)
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 import torch
 from axolotl.core.training_args import AxolotlTrainingArguments
+from axolotl.integrations.base import BasePlugin
 from axolotl.integrations.config import merge_training_args
 from axolotl.utils.collators import DataCollatorForSeq2Seq, V2BatchSamplerDataCollatorForSeq2Seq
 from axolotl.utils.samplers import MultipackBatchSampler, get_dataset_lengths
@@ -18,6 +30,23 @@ from datasets import Dataset
 
 COLLATE = "data/collate.py and the collator class in hosts/axolotl"
 DATASETS = "hosts/axolotl/datasets.py"
+
+
+@pytest.fixture(autouse=True)
+def quick_packing(monkeypatch: pytest.MonkeyPatch) -> None:
+    pack_without_garbage_collection(monkeypatch)
+
+
+@dataclass
+class LateMixin:
+    late_value: int = 0
+
+
+class LatePlugin(BasePlugin):
+    """Brings a training argument, registered after the import of `axolotl.core.training_args`."""
+
+    def get_training_args_mixin(self) -> str:
+        return f"{__name__}.LateMixin"
 
 
 @host_fact(
@@ -138,12 +167,10 @@ def test_multipack_drops_the_last_incomplete_batch(rows: int, batches: int) -> N
     "registered after ours, would be left out",
     look="axolotl/core/training_args.py AxolotlTrainingMixins; integrations/config.py merge_training_args",
 )
-def test_training_args_freeze_on_import(monkeypatch: pytest.MonkeyPatch) -> None:
-    from axolotl.core import training_args
-
-    assert issubclass(AxolotlTrainingArguments, training_args.AxolotlTrainingMixins)
-    assert isinstance(training_args.AxolotlTrainingMixins, type)
-    assert merge_training_args() in AxolotlTrainingArguments.__mro__
+def test_training_args_freeze_on_import() -> None:
+    with only_plugins(LatePlugin()):
+        assert "late_value" in merge_training_args().__dataclass_fields__
+        assert "late_value" not in AxolotlTrainingArguments.__dataclass_fields__
 
 
 def restarting(*sizes: int) -> torch.Tensor:
