@@ -1,5 +1,7 @@
 """What the trained models can do: exact match by greedy decoding, and mean log-probability of answers."""
 
+import math
+
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
@@ -43,6 +45,11 @@ def mean_logps(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, rows
         encoded = [encode(tokenizer, row) for row in rows[start : start + BATCH_SIZE]]
         found += sequence_mean_logps(model, collate(encoded, tokenizer.pad_token_id)).tolist()
     return found
+
+
+def taus(preference_scores: list[float], logps: list[float]) -> list[float]:
+    """Each row's weight in PoFT's gradient, sigmoid(r_ref - r_policy)."""
+    return [1 / (1 + math.exp(policy - score)) for score, policy in zip(preference_scores, logps, strict=True)]
 
 
 def sequence_mean_logps(model: LlamaForCausalLM, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -95,7 +95,7 @@ REFERENCE_A = Style(
 )
 
 REFERENCE_B = Style(
-    sentence_piece_like(110),
+    sentence_piece_like(80),
     ["<pad>", "<task>", "<answer>", "<eot>"],
     "{% for m in messages %}{% if m['role'] == 'user' %}{{ '<task> ' + m['content'] }}"
     "{% else %}{{ '<answer>' + m['content'] + '<eot>' }}{% endif %}{% endfor %}"

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
 
+from poft_plugin.report.console import make_console
+
 LOW_MEAN = -4.0
 """Nats per token. A well-fed reference gives the answers of a usable data set about -1; -4 says it reads noise."""
 
@@ -80,7 +82,7 @@ def summarise(references: Sequence[str], rewards: np.ndarray, sources: np.ndarra
 
 def print_summary(summary: Summary, console: Console | None = None) -> None:
     """The table that users see after scoring, and the warnings."""
-    console = console or Console()
+    console = console or make_console()
     table = Table(title="References' mean log-probability of the responses (nats per token)")
     for heading in ("reference", "data set", "rows", "mean", "5 %", "50 %", "95 %"):
         table.add_column(heading, justify="left" if heading in ("reference", "data set") else "right")

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from poft_plugin.data.preparation import Rows, RunContext
+from poft_plugin.report.console import progress
 from poft_plugin.scoring.cache import Lookup, ScoreCache
 from poft_plugin.scoring.scorer import PreparedRow, Score, Scorer
 
@@ -23,14 +23,18 @@ REMINDER_SECONDS = 120.0
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of the missing rows this process scores: every `count`-th, from `index` on; none without an index."""
+    """Which rows this process scores: those whose key leaves the remainder `index`; none without an index.
+
+    A function of the row alone. Processes look into the cache at different times and see different rows missing; had
+    they divided the missing ones among them, some rows would be nobody's.
+    """
 
     index: int | None
     count: int
 
-    def of(self, missing: np.ndarray) -> np.ndarray:
-        """Indices of this process among the indices of missing rows."""
-        return missing[:0] if self.index is None else missing[self.index :: self.count]
+    def holds(self, key: str) -> bool:
+        """Whether the row of this key is this process's."""
+        return self.index is not None and int(key, 16) % self.count == self.index
 
 
 def share_of(run: RunContext, devices: int) -> Share:
@@ -63,13 +67,13 @@ def score_missing(
         ValueError: for a reward that is not finite, naming the row; what was scored before stays in the cache.
     """
     missing = np.flatnonzero(cache.lookup(scorer.identity, rows.keys).missing)
-    mine = share.of(missing)
-    prepared = [_prepare(scorer, rows, int(index)) for index in tqdm(mine, desc=f"{scorer.name}: tokens", disable=None)]
+    mine = [int(index) for index in missing if share.holds(rows.keys[int(index)].as_py())]
+    prepared = [_prepare(scorer, rows, index) for index in progress(mine, description=f"{scorer.name}: tokens")]
     fitting, long = _by_context(prepared, scorer.context_length)
     if long:
         cache.write(scorer.identity, [Score(row.key, float("nan"), -len(row)) for row in long])
     if fitting:
-        where = {str(rows.keys[int(i)]): rows.where(int(i)) for i in mine}
+        where = {rows.keys[i].as_py(): rows.where(i) for i in mine}
         _score(scorer, fitting, cache, device=device, batch_tokens=batch_tokens, where=where)
     return len(fitting)
 
@@ -142,12 +146,12 @@ def _score(
     done: list[Score] = []
     flushed = time.monotonic()
     try:
-        with tqdm(total=len(rows), desc=f"{scorer.name}: scores", unit="row", disable=None) as progress:
+        with progress(total=len(rows), description=f"{scorer.name}: scores") as bar:
             for batch in batches(rows, batch_tokens):
                 scores = scorer.score(batch)
                 _check_finite(scorer, scores, where)
                 done += scores
-                progress.update(len(batch))
+                bar.update(len(batch))
                 if time.monotonic() - flushed > FLUSH_SECONDS:
                     cache.write(scorer.identity, done)
                     done, flushed = [], time.monotonic()

@@ -29,16 +29,16 @@ class PoftPlugin(BasePlugin):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__()
-        self._run: MethodRun | None = None
+        self.method_run: MethodRun | None = None
         self._statistics: Mapping[str, float] = {}
 
     def register(self, cfg: DictDefault) -> None:
         """Validates our blocks, takes `rl` off the raw config, rewrites its dataset entries."""
-        self._run = take_over(cfg)
+        self.method_run = take_over(cfg)
         self._statistics = {}
-        if self._run is not None:
-            method = self._run.method
-            LOG.info(f"rl: {method.name} ({method.paper}); {method.block}: {self._run.settings!r}")
+        if self.method_run is not None:
+            method = self.method_run.method
+            LOG.info(f"rl: {method.name} ({method.paper}); {method.block}: {self.method_run.settings!r}")
 
     def get_input_args(self) -> str:
         """Our keys in the host's schema."""
@@ -46,40 +46,47 @@ class PoftPlugin(BasePlugin):  # type: ignore[misc]
 
     def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> Any:
         """The host's rows, scored, joined and filtered."""
-        if self._run is None:
+        if self.method_run is None:
             return None
         from poft_plugin.hosts.axolotl.datasets import prepare
 
         prepare_cpu_ranks(cfg)
         context = RunContext.from_environment("preprocess" if preprocess else "train")
-        meta, self._statistics = prepare(cfg, self._run, context)
+        meta, self._statistics = prepare(cfg, self.method_run, context)
         return meta
 
     def get_training_args(self, cfg: DictDefault) -> dict[str, Any] | None:
-        """Keeps our columns, and the last batch of a data set unless its loss was asked for."""
-        if self._run is None:
+        """Keeps our columns, the last batch of a data set unless its loss was asked for, and whole epochs.
+
+        The host would stop at its own estimate of the number of steps, which can fall inside the last epoch.
+        """
+        if self.method_run is None:
             return None
-        return {"remove_unused_columns": False, "dataloader_drop_last": bool(cfg.dataloader_drop_last)}
+        return {
+            "remove_unused_columns": False,
+            "dataloader_drop_last": bool(cfg.dataloader_drop_last),
+            "max_steps": cfg.max_steps or -1,
+        }
 
     def get_collator_cls_and_kwargs(self, cfg: DictDefault, is_eval: bool = False) -> Any:
         """Our batch layout around the host's own collator."""
-        if self._run is None:
+        if self.method_run is None:
             return None
         from poft_plugin.hosts.axolotl.collators import host_collator
 
-        return host_collator(cfg, self._run.method.columns, is_eval=is_eval), {}
+        return host_collator(cfg, self.method_run.method.columns, is_eval=is_eval), {}
 
     def get_trainer_cls(self, cfg: DictDefault) -> Any:
         """The trainer class of this run."""
-        if self._run is None:
+        if self.method_run is None:
             return None
         from poft_plugin.hosts.axolotl.trainer import trainer_class
 
-        return trainer_class(self._run)
+        return trainer_class(self.method_run)
 
     def add_callbacks_post_trainer(self, cfg: DictDefault, trainer: Any) -> list[Any]:
         """Logs the references' statistics once, to every tracker that the host runs."""
-        if self._run is None or not self._statistics:
+        if self.method_run is None or not self._statistics:
             return []
         from poft_plugin.hosts.axolotl.callbacks import LogOnce
 

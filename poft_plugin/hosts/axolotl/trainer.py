@@ -158,6 +158,17 @@ class MethodTrainer(AxolotlTrainer, SampleMeanTrainer):
         finally:
             self.args.dataloader_drop_last = drop_last
 
+    def _create_multipack_sampler(self, *args: Any, **kwargs: Any) -> Any:
+        """Keeps the last packs of an epoch where they do not fill a batch; the host would drop them.
+
+        With several ranks the host's way stays: every rank has to see the same number of batches.
+        """
+        sampler = super()._create_multipack_sampler(*args, **kwargs)
+        if self.args.world_size == 1:
+            sampler.drop_last, sampler._batches, sampler._len_across_ranks = False, None, None
+            len(sampler)
+        return sampler
+
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluates; a data set without the method's columns (`axolotl evaluate`) gets them from the score cache."""
         if eval_dataset is not None and ROW_INDEX not in eval_dataset.column_names:

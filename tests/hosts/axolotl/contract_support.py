@@ -103,6 +103,7 @@ def valid_config(**changes: Any) -> DictDefault:
     cfg.model_config_type = "llama"
     cfg.batch_size = cfg.micro_batch_size * cfg.gradient_accumulation_steps
     cfg.world_size = 1
+    cfg.dataset_num_proc = None  # no worker processes
     return cfg
 
 
@@ -151,6 +152,13 @@ def tiny_llama() -> LlamaForCausalLM:
         attn_implementation="sdpa",
     )
     return LlamaForCausalLM(config).eval()
+
+
+def chat(*contents: str, **fields: Any) -> dict[str, Any]:
+    """A conversation whose turns alternate between user and assistant."""
+    roles = ["user", "assistant"] * len(contents)
+    turns = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+    return {"messages": turns, **fields}
 
 
 def token_row(*ids: int, **columns: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Each test pins one fact about Axolotl that `poft_plugin` leans on, with tiny inputs. When a new
 Axolotl breaks one, the failure ends with a note: the fact, what it breaks, where to look.
-This part holds the seams; `test_contract_config.py`, `_data.py`, `_packing.py` and `_training.py` follow.
+This part holds the seams; `_config`, `_data`, `_prepared`, `_packing` and `_training` follow.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import axolotl.cli.config as host_config
 import pytest
 import yaml
+from axolotl import train
 from axolotl.integrations.base import BasePlugin, PluginManager
 from axolotl.utils.dict import DictDefault
 
@@ -58,7 +59,7 @@ def load_and_validate(
 @pytest.mark.parametrize("from_command_line", [False, True])
 @host_fact(
     "register(cfg) gets the raw config, command-line values included, before validation, and may take keys off",
-    breaks=f"{PLUGIN} register: `rl: poft` would reach the validator, which knows the built-in types only",
+    breaks="hosts/axolotl/run.py take_over: `rl: poft` would reach the validator, which knows the built-in types only",
     look="axolotl/cli/config.py load_cfg, prepare_plugins",
 )
 def test_register_gets_the_raw_config_before_validation(
@@ -182,6 +183,4 @@ def test_one_trainer_class_and_one_dataset_loader() -> None:
     look="axolotl/train.py PLUGIN_MANAGER",
 )
 def test_the_manager_is_one_object() -> None:
-    from axolotl import train
-
     assert train.PLUGIN_MANAGER is PluginManager.get_instance() is PluginManager()

@@ -37,7 +37,7 @@ class WithArgs(BasePlugin):
 
 @host_fact(
     "sample_packing is refused with any `rl`, accepted without; an `rl` of a plugin is refused",
-    breaks=f"{PLUGIN} register takes `rl` off for every method; if both pass now, see patches/0001",
+    breaks="hosts/axolotl/run.py take_over takes `rl` off for every method; if both pass now, see patches/0001",
     look="axolotl/utils/schemas/validation.py check_sample_packing_w_rl; schemas/config.py rl",
 )
 def test_sample_packing_needs_rl_off() -> None:
@@ -51,7 +51,7 @@ def test_sample_packing_needs_rl_off() -> None:
 @pytest.mark.parametrize("key", ["dpo_loss_type", "dpo_loss_weights"])
 @host_fact(
     "dpo_loss_type and dpo_loss_weights are refused without `rl: dpo`",
-    breaks=f"{PLUGIN} register has to take them off and validate them itself",
+    breaks="hosts/axolotl/checks.py refuses them first, with our own remedy",
     look="axolotl/utils/schemas/validation.py check_dpo",
 )
 def test_dpo_keys_are_refused_without_rl(key: str) -> None:
@@ -61,7 +61,7 @@ def test_dpo_keys_are_refused_without_rl(key: str) -> None:
 
 @host_fact(
     "without `rl`, entries are read as SFT entries and lose the preference fields, silently",
-    breaks="hosts/axolotl/datasets.py works on the raw entries kept by register; if fields stay, it need not",
+    breaks="hosts/axolotl/entries.py keeps the raw entries; if fields stay, it need not",
     look="axolotl/utils/config/__init__.py validate_config; schemas/datasets.py SFTDataset",
 )
 def test_preference_fields_of_an_entry_are_dropped() -> None:
@@ -98,7 +98,7 @@ def test_input_args_of_one_name_collide() -> None:
 @host_fact(
     "with sample_packing, an unset eval_sample_packing becomes True; an explicit False stays and turns "
     "remove_unused_columns off",
-    breaks=f"{PLUGIN} register sets eval_sample_packing: false when unset, else packed eval can lose every row",
+    breaks="hosts/axolotl/run.py take_over sets eval_sample_packing: false when unset: packed eval can lose every row",
     look="axolotl/utils/schemas/validation.py check_eval_packing",
 )
 def test_eval_packing_follows_sample_packing() -> None:
@@ -147,8 +147,7 @@ def test_preprocess_asks_the_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @host_fact(
     "`axolotl evaluate` does not ask plugins for datasets",
-    breaks="nothing if it asks now: the error for batches without our columns in hosts/axolotl/trainer.py "
-    "need not mention `axolotl evaluate`",
+    breaks="nothing if it asks now: MethodTrainer.evaluate in hosts/axolotl/trainer.py need not attach our columns",
     look="axolotl/cli/evaluate.py do_evaluate",
 )
 def test_evaluate_does_not_ask_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The host contract, part 4: packing, step counts, packed attention. See `test_contract.py`."""
+"""The host contract, part 5: packing, step counts, packed attention. See `test_contract.py`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from contract_support import (
 
 # isort: split
 # (the line above sets the environment, before Axolotl is imported)
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +29,7 @@ from axolotl.utils.samplers import MultipackBatchSampler, get_dataset_lengths
 from axolotl.utils.trainer import add_position_ids, calculate_total_num_steps, process_datasets_for_packing
 from datasets import Dataset
 
-COLLATE = "data/collate.py and the collator class in hosts/axolotl"
+COLLATE = "data/collate.py, hosts/axolotl/collators.py"
 DATASETS = "hosts/axolotl/datasets.py"
 
 
@@ -66,12 +67,12 @@ def test_packed_collator_concatenates_each_column() -> None:
     assert batch["position_ids"].tolist() == [[0, 1, 0, 1, 2, 0], [0, 1, 0, 1, 2, 3]]
 
 
+@pytest.mark.parametrize("value", [0.5, "key"])
 @host_fact(
-    "a scalar column breaks the packed collator, a string column either",
+    "a scalar column breaks the packed collator, a string column too",
     breaks=f"{COLLATE}: ours are taken out first; if the host copes now, check what it makes of them",
     look="axolotl/utils/collators/batching.py V2BatchSamplerDataCollatorForSeq2Seq",
 )
-@pytest.mark.parametrize("value", [0.5, "key"])
 def test_packed_collator_refuses_scalar_columns(value: float | str) -> None:
     collate = V2BatchSamplerDataCollatorForSeq2Seq(tiny_tokenizer())
     with pytest.raises(ValueError, match="zero-dimensional arrays cannot be concatenated"):
@@ -94,8 +95,8 @@ def test_unpacked_collator_pads() -> None:
 @pytest.mark.parametrize("batched", [False, True])
 @host_fact(
     "add_position_ids overwrites position ids that restart inside a row",
-    breaks=f"{DATASETS} writes position_ids and length of groups after the host's preparation; if the host "
-    "keeps them now, that order no longer matters",
+    breaks=f"{DATASETS}: rows that hold a group of sequences get position_ids and length after the host's "
+    "preparation; if the host keeps them now, that order no longer matters",
     look="axolotl/utils/trainer.py add_position_ids",
 )
 def test_add_position_ids_overwrites_restarts(batched: bool) -> None:
@@ -108,7 +109,7 @@ def test_add_position_ids_overwrites_restarts(batched: bool) -> None:
 
 @host_fact(
     "a row's length is its `length` column; without one it is the last position id + 1, wrong for a group",
-    breaks=f"{DATASETS} writes `length` beside restarting position_ids",
+    breaks=f"{DATASETS}: rows that hold a group of sequences need a `length` beside their position_ids",
     look="axolotl/utils/samplers/utils.py get_dataset_lengths",
 )
 def test_lengths_come_from_the_length_column() -> None:
@@ -130,7 +131,7 @@ def test_packing_preparation_keeps_columns() -> None:
 
 @host_fact(
     "calculate_total_num_steps reuses total_num_tokens and sample_packing_eff_est from the config",
-    breaks=f"{DATASETS} resets them, and total_supervised_tokens, after a filter; else it trains too many steps",
+    breaks=f"{DATASETS} _count_steps resets them, and total_supervised_tokens, after the filters",
     look="axolotl/utils/trainer.py calculate_total_num_steps",
 )
 def test_step_count_leans_on_cached_totals() -> None:
@@ -144,13 +145,13 @@ def test_step_count_leans_on_cached_totals() -> None:
     assert calculate_total_num_steps(cfg, filtered) == 5
 
 
+@pytest.mark.parametrize(("rows", "batches"), [(2, 0), (4, 1), (5, 1)])
 @host_fact(
     "the multipack sampler gives batches of bins of row indices, and drops the last batch if it lacks a bin",
-    breaks="eval and small runs: with micro_batch_size 2 and rows that fit one bin there is no batch at all; "
-    f"{DATASETS} and the eval settings in hosts/axolotl/plugin.py guard against it",
+    breaks="hosts/axolotl/trainer.py _create_multipack_sampler keeps the last packs: with micro_batch_size 2 and rows "
+    "that fit one bin there would be no batch at all",
     look="axolotl/utils/samplers/multipack.py MultipackBatchSampler; core/trainers/base.py drop_last=True",
 )
-@pytest.mark.parametrize(("rows", "batches"), [(2, 0), (4, 1), (7, 2)])
 def test_multipack_drops_the_last_incomplete_batch(rows: int, batches: int) -> None:
     sampler = MultipackBatchSampler(
         range(rows), batch_size=2, batch_max_len=8, lengths=np.array([4] * rows), bin_size=200, num_processes=1
@@ -158,7 +159,22 @@ def test_multipack_drops_the_last_incomplete_batch(rows: int, batches: int) -> N
     drawn = list(sampler)
     assert len(drawn) == batches
     assert all(len(bins) == 2 for bins in drawn)
+    sampler.drop_last, sampler._batches, sampler._len_across_ranks = False, None, None
+    assert len(sampler) == math.ceil(rows / 4)  # what our trainer makes of it
     assert len({row for bins in drawn for bin_ in bins for row in bin_}) == min(rows, 4 * batches)
+
+
+@pytest.mark.parametrize(
+    ("attention", "apart"),
+    [("sdpa", True), ("eager", True), ("flash_attention_2", True), ("flex_attention", True), (None, False)],
+)
+@host_fact(
+    "cfg.attn_decontaminates_packing says whether the sequences of a pack are kept apart",
+    breaks="hosts/axolotl/checks.py check_packing: a run whose sequences see each other would start",
+    look="axolotl/utils/schemas/config.py attn_decontaminates_packing",
+)
+def test_config_says_whether_packs_are_isolated(attention: str | None, apart: bool) -> None:
+    assert valid_config(sample_packing=True, attn_implementation=attention).attn_decontaminates_packing is apart
 
 
 @host_fact(
@@ -169,8 +185,8 @@ def test_multipack_drops_the_last_incomplete_batch(rows: int, batches: int) -> N
 )
 def test_training_args_freeze_on_import() -> None:
     with only_plugins(LatePlugin()):
-        assert "late_value" in merge_training_args().__dataclass_fields__
-        assert "late_value" not in AxolotlTrainingArguments.__dataclass_fields__
+        assert issubclass(merge_training_args(), LateMixin)
+        assert not issubclass(AxolotlTrainingArguments, LateMixin)
 
 
 def restarting(*sizes: int) -> torch.Tensor:
@@ -199,7 +215,7 @@ def test_packed_logits_equal_separate_forwards(attention: str) -> None:
 
 @host_fact(
     "a causal model's forward takes logits_to_keep, a number or an index tensor",
-    breaks="losses/logps.py: the head would run on every position, (tokens, vocabulary) in memory",
+    breaks="losses/head.py: logits of few positions could not be had through the wrapped model",
     look="transformers models/llama/modeling_llama.py LlamaForCausalLM.forward",
 )
 def test_forward_takes_logits_to_keep() -> None:

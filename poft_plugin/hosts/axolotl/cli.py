@@ -1,0 +1,104 @@
+"""`axolotl poft ...`: plan, score, export, import. Imports nothing heavy until a command runs."""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from poft_plugin.hosts.axolotl.commands import Session
+
+CONFIG = click.argument("config", type=click.Path(exists=True, dir_okay=False))
+
+
+def _command(function: Callable[..., None]) -> Callable[..., None]:
+    """Runs a command on an opened config; a ValueError is a message for the user, not a traceback."""
+
+    @functools.wraps(function)
+    def wrapper(config: str, **options: Any) -> None:
+        os.environ.setdefault("AXOLOTL_LOG_LEVEL", "WARNING")
+        os.environ["AXOLOTL_IS_PREPROCESS"] = "1"
+        from poft_plugin.hosts.axolotl.commands import Session
+
+        try:
+            function(Session.open(config), **options)
+        except ValueError as error:
+            raise click.ClickException(str(error)) from error
+
+    return wrapper
+
+
+@click.group(short_help="PoFT: plan, score, export and import references' scores.")
+def poft() -> None:
+    """Scores of aligned reference LLMs for `rl: poft`."""
+
+
+@poft.command()
+@CONFIG
+@click.option("--probe", type=click.IntRange(min=1), help="Time this many batches of each reference.")
+@_command
+def plan(session: "Session", probe: int | None) -> None:
+    """Check every reference and print what scoring would cost. Loads no model (but for --probe)."""
+    session.plan(probe)
+
+
+@poft.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+@CONFIG
+@click.option("--launcher", type=click.Choice(["python", "torchrun"]), default="python", show_default=True,
+              help="torchrun: over N processes, `--launcher torchrun -- --nproc_per_node=N`.")
+@click.option("--show", type=click.IntRange(min=1), help="Print which tokens are counted for this many rows, and stop.")
+@click.option("--num-shards", type=click.IntRange(min=1), help="Score one share of N by hand (with --shard).")
+@click.option("--shard", type=click.IntRange(min=0), help="Which share, from 0.")
+@click.pass_context
+def score(
+    ctx: click.Context, config: str, launcher: str, show: int | None, num_shards: int | None, shard: int | None
+) -> None:
+    """Score every row that the cache lacks; prints the plan first."""
+    if (num_shards is None) != (shard is None) or (shard is not None and shard >= (num_shards or 0)):
+        raise click.UsageError("--num-shards N and --shard K go together, K from 0 to N - 1")
+    if launcher == "torchrun":
+        command = ["torchrun", *ctx.args, "-m", "poft_plugin.hosts.axolotl.cli", "score", config]
+        sys.stdout.flush()
+        os.execvp(command[0], command)
+    if ctx.args:
+        raise click.UsageError(f"unknown arguments {ctx.args}; launcher arguments need `--launcher torchrun`")
+    if show is not None:
+        _show(config, count=show)
+    else:
+        _score(config, num_shards=num_shards, shard=shard)
+
+
+@poft.command()
+@CONFIG
+@click.option("--out", required=True, type=click.Path(dir_okay=False), help="Parquet file to write.")
+@click.option("--rows", is_flag=True, help="List every row's key and text, with a null reward where unscored.")
+@_command
+def export(session: "Session", out: str, rows: bool) -> None:
+    """Write the cached scores to a file: row_key, model, reward, num_tokens."""
+    session.export(out, rows)
+
+
+@poft.command(name="import")
+@CONFIG
+@click.argument("scores", type=click.Path(dir_okay=False))
+@_command
+def import_(session: "Session", scores: str) -> None:
+    """Take a file of scores into the cache, after a check of every row key."""
+    session.import_scores(scores)
+
+
+@_command
+def _show(session: "Session", count: int) -> None:
+    session.show(count)
+
+
+@_command
+def _score(session: "Session", num_shards: int | None, shard: int | None) -> None:
+    session.score(num_shards, shard)
+
+
+if __name__ == "__main__":
+    poft()

@@ -1,0 +1,105 @@
+"""What came out: a table, `results.json` and `report.png`."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import matplotlib
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+from quickstart.task import Row
+
+matplotlib.use("Agg")  # a picture in a file, on machines without a display too
+import matplotlib.pyplot as plt  # noqa: E402
+
+RESULTS = "results.json"
+PICTURE = "report.png"
+COLOURS = {"clean": "tab:blue", "spoiled": "tab:red"}
+
+console = Console()
+
+
+def preference_scores(path: Path, rows: list[Row]) -> list[float]:
+    """Each row's preference score: the mean reward over the references, out of an `axolotl poft export --rows` file.
+
+    Rows meet their scores by their text, as the plugin itself does; the order of either file is no matter.
+    """
+    rewards = defaultdict(list)
+    for line in pq.read_table(path, columns=["conversation", "reward"]).to_pylist():
+        rewards[tuple(content for _, content, _ in json.loads(line["conversation"]))].append(line["reward"])
+    return [fmean(rewards[row.prompt, row.answer]) for row in rows]
+
+
+def publish(results: dict[str, Any], rows: list[Row], folder: Path) -> None:
+    """Prints the table and writes both files.
+
+    Args:
+        results: `exact_match` and `seconds` by name; `preference_score` and `tau` of every row.
+        rows: the training rows.
+        folder: where the files go.
+    """
+    groups = {name: _grouped(results[name], rows) for name in ("preference_score", "tau")}
+    means = {
+        f"mean_{name}": {kind: round(fmean(values), 4) for kind, values in found.items()}
+        for name, found in groups.items()
+    }
+    summary = {"exact_match": results["exact_match"], **means, "seconds": results["seconds"]}
+    summary["training_rows"] = {kind: len(values) for kind, values in groups["tau"].items()}
+    (folder / RESULTS).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    _draw(groups, folder / PICTURE)
+    console.print(_table(summary))
+    console.print(f"{folder / RESULTS}\n{folder / PICTURE}", soft_wrap=True, highlight=False)
+
+
+def _grouped(values: list[float], rows: list[Row]) -> dict[str, list[float]]:
+    """Values of the clean and of the spoiled rows, and of each way to spoil."""
+    groups = defaultdict(list)
+    for value, row in zip(values, rows, strict=True):
+        for kind in ("spoiled", row.spoiled) if row.spoiled else ("clean",):
+            groups[kind].append(value)
+    return dict(groups)
+
+
+def _table(summary: dict[str, Any]) -> Table:
+    found, tau, seconds = summary["exact_match"], summary["mean_tau"], summary["seconds"]
+    table = Table(title="SFT and PoFT on the same rows, three in ten of them spoiled")
+    for column in ("", "SFT", "PoFT"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row("held-out exact match", f"{found['sft']:.3f}", f"{found['poft']:.3f}")
+    for kind in ("clean", "spoiled"):
+        table.add_row(f"mean tau of {kind} rows at the end", "1 (no weights)", f"{tau[kind]:.3f}")
+    table.add_row("seconds of axolotl train, start included", f"{seconds['sft']:.0f}", f"{seconds['poft']:.0f}")
+    table.add_row("seconds of axolotl poft score", "-", f"{seconds['score']:.0f}")
+    table.caption = (
+        f"The references reach {found['reference_a']:.3f} and {found['reference_b']:.3f}. "
+        f"All of it took {seconds['total']:.0f} seconds."
+    )
+    return table
+
+
+def _draw(groups: dict[str, dict[str, list[float]]], path: Path) -> None:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    _densities(left, groups["preference_score"], "preference score: mean reward of the references, nats per token")
+    left.set_title("Preference score of the training rows")
+    left.set_yscale("log")  # nearly all clean rows sit next to 0: on a linear scale nothing else would show
+    _densities(right, groups["tau"], "tau: weight of a row's gradient at the end of training")
+    right.set_title("What PoFT makes of it")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _densities(axes: Any, groups: dict[str, list[float]], label: str) -> None:
+    """Clean against spoiled rows, each as a density of its own, on common bins."""
+    shown = {kind: groups[kind] for kind in COLOURS}
+    low, high = min(map(min, shown.values())), max(map(max, shown.values()))
+    for kind, values in shown.items():
+        label_of_kind = f"{kind} ({len(values):,} rows)"
+        axes.hist(
+            values, bins=50, range=(low, high), density=True, alpha=0.6, color=COLOURS[kind], label=label_of_kind
+        )
+    axes.set(xlabel=label, ylabel="density")
+    axes.legend()

@@ -1,0 +1,155 @@
+"""The quickstart: everything is built from nothing, trained with SFT and with PoFT, and compared on held-out rows.
+
+    python -m quickstart.run
+
+from the project root, in an environment with Axolotl and this plugin. It needs no network and no GPU.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from quickstart import evaluate, models, report, task
+
+ROOT = Path(__file__).resolve().parents[1]
+WORK = ROOT / "quickstart" / "work"
+POFT_CONFIG = ROOT / "example_configs" / "poft-quickstart.yml"
+SFT_CONFIG = WORK / "sft.yml"
+AXOLOTL = Path(sys.executable).parent / "axolotl"
+
+SEED = 7
+SIZES = {"heldout": 1000, "train": 2000, "reference": 12000}
+SPOILED_SHARE = 0.3
+SHAPE = models.Shape(hidden=128, layers=3, heads=4)
+# The references see more rows than the policy, all of them clean: they have to know a right answer when they see one.
+REFERENCE_RECIPE = models.Recipe(steps=600, batch_size=64, learning_rate=3e-3)
+REFERENCES = {"reference_a": models.REFERENCE_A, "reference_b": models.REFERENCE_B}
+
+# Axolotl on a CPU: no telemetry, no hub, and no GPU even where there is one, so that the run is the same everywhere.
+ENVIRONMENT = {
+    "ACCELERATE_USE_CPU": "true",
+    "AXOLOTL_DO_NOT_TRACK": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+class Clock:
+    """Says what is going on, and remembers how long it took."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def step(self, name: str, text: str) -> Iterator[None]:
+        """Announces a step, and its seconds when it is done."""
+        start = time.perf_counter()
+        with report.console.status(f"{text} ..."):
+            yield
+        self.seconds[name] = round(time.perf_counter() - start, 1)
+        report.console.print(f"{text}: {self.seconds[name]:.1f} s")
+
+
+def main() -> None:
+    """Runs all steps in order."""
+    start, clock = time.perf_counter(), Clock()
+    _check_axolotl()
+    _clear()
+    with clock.step("build", "1/7 Data, tokenizers and the base model, made from nothing"):
+        rows = _build()
+    trained_on_clean = {name: _train_reference(clock, name, rows) for name in REFERENCES}
+    with clock.step("score", "3/7 axolotl poft score: both references score every row, once"):
+        _axolotl("score", "poft", "score", str(POFT_CONFIG))
+    with clock.step("export", "4/7 axolotl poft export: the scores as a file, for the report"):
+        _axolotl("export", "poft", "export", str(POFT_CONFIG), "--rows", "--out", str(WORK / "scores.parquet"))
+    with clock.step("sft", "5/7 axolotl train: SFT"):
+        _axolotl("sft", "train", str(SFT_CONFIG), "--launcher", "python")
+    with clock.step("poft", "6/7 axolotl train: PoFT, same rows, same epochs"):
+        _axolotl("poft", "train", str(POFT_CONFIG), "--launcher", "python")
+    with clock.step("evaluate", "7/7 Greedy answers to the held-out questions, and tau of every training row"):
+        results = _measure(rows)
+    results["exact_match"] |= trained_on_clean
+    results["seconds"] = clock.seconds | {"total": round(time.perf_counter() - start, 1)}
+    report.publish(results, rows["train"], ROOT / "quickstart")
+
+
+def _check_axolotl() -> None:
+    if not AXOLOTL.exists():
+        raise SystemExit(f"{AXOLOTL} is not there: run `make quickstart`, or install axolotl and this plugin")
+
+
+def _clear() -> None:
+    """Starts from nothing, so that no result of an earlier run can pass for one of this run."""
+    shutil.rmtree(WORK, ignore_errors=True)
+    WORK.mkdir(parents=True)
+    for name in (report.RESULTS, report.PICTURE):
+        (ROOT / "quickstart" / name).unlink(missing_ok=True)
+
+
+def _build() -> dict[str, list[task.Row]]:
+    """Row sets, the base model with its tokenizer, and the SFT config."""
+    rows = task.splits(SIZES, SEED)
+    rows["train"] = task.spoil(rows["train"], SPOILED_SHARE, SEED)
+    task.write_jsonl(rows["train"], WORK / "train.jsonl")
+    task.write_jsonl(rows["heldout"], WORK / "heldout.jsonl")
+    task.write_labels(rows["train"], WORK / "spoiled.json")
+    tokenizer = models.make_tokenizer(models.POLICY, rows["reference"])
+    models.save(models.make_model(tokenizer, SHAPE, SEED), tokenizer, WORK / "base")
+    SFT_CONFIG.write_text(yaml.safe_dump(_sft_settings(), sort_keys=False), encoding="utf-8")
+    return rows
+
+
+def _sft_settings() -> dict[str, Any]:
+    """The PoFT config without PoFT: what is left is the host's plain supervised fine-tuning."""
+    settings: dict[str, Any] = yaml.safe_load(POFT_CONFIG.read_text(encoding="utf-8"))
+    for key in ("plugins", "rl", "poft"):
+        del settings[key]
+    return settings | {"output_dir": "./quickstart/work/sft"}
+
+
+def _train_reference(clock: Clock, name: str, rows: dict[str, list[task.Row]]) -> float:
+    """Trains one reference on clean rows; returns its held-out exact match."""
+    with clock.step(name, f"2/7 {name}: own tokenizer, own template, trained on {SIZES['reference']:,} clean rows"):
+        tokenizer = models.make_tokenizer(REFERENCES[name], rows["reference"])
+        model = models.make_model(tokenizer, SHAPE, SEED)
+        models.fit(model, tokenizer, rows["reference"], REFERENCE_RECIPE, SEED)
+        models.save(model, tokenizer, WORK / name)
+        return evaluate.exact_match(model, tokenizer, rows["heldout"])
+
+
+def _axolotl(log_name: str, *arguments: str) -> None:
+    """Runs `axolotl` in a process of its own; its output goes to a log file, whose end is shown if it fails."""
+    log = WORK / f"{log_name}.log"
+    with log.open("wb") as output:
+        done = subprocess.run(
+            [AXOLOTL, *arguments], cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT
+        )
+    if done.returncode:
+        tail = log.read_text(encoding="utf-8", errors="replace")[-4000:]
+        raise SystemExit(f"{tail}\n\naxolotl {' '.join(arguments)} ended with {done.returncode}; all of it: {log}")
+
+
+def _measure(rows: dict[str, list[task.Row]]) -> dict[str, Any]:
+    """Exact match of both policies, and the preference score and tau of every training row."""
+    exact_match = {}
+    for name in ("sft", "poft"):
+        tokenizer = AutoTokenizer.from_pretrained(WORK / name)
+        model = AutoModelForCausalLM.from_pretrained(WORK / name).eval()
+        exact_match[name] = evaluate.exact_match(model, tokenizer, rows["heldout"])
+    scores = report.preference_scores(WORK / "scores.parquet", rows["train"])
+    logps = evaluate.mean_logps(model, tokenizer, rows["train"])
+    return {"exact_match": exact_match, "preference_score": scores, "tau": evaluate.taus(scores, logps)}
+
+
+if __name__ == "__main__":
+    main()
