@@ -138,7 +138,7 @@ def test_schema_accepts_registered_rl_types(rl_types: SimpleNamespace) -> None:
     assert (config.rl, config.sample_packing) == ("poft", True)
     assert validated(rl="dpo").rl is rl_types.enums.RLType.DPO
     assert validated().rl is None
-    with pytest.raises(ValueError, match="`rl: pofd` is unknown, use one of dpo, .*, poft"):
+    with pytest.raises(ValueError, match=r"`rl: pofd` is unknown, use one of dpo, .*, poft"):
         validated(rl="pofd")
     with pytest.raises(ValueError, match="does not work with RLHF"):
         validated(rl="dpo", sample_packing=True)

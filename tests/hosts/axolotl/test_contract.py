@@ -13,7 +13,7 @@ from contract_support import Recorder, host_fact, only_plugins, raw_config
 # (the line above sets the environment, before Axolotl is imported)
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import axolotl.cli.config as host_config
 import pytest
@@ -33,7 +33,7 @@ class ValidatedError(Exception):
 class TakesRlOff(BasePlugin):
     """Does in `register` what our plugin does, and notes what it saw."""
 
-    seen: list[dict[str, Any]] = []
+    seen: ClassVar[list[dict[str, Any]]] = []
 
     def register(self, cfg: dict[str, Any]) -> None:
         self.seen.append(dict(cfg))
@@ -172,9 +172,9 @@ def test_one_trainer_class_and_one_dataset_loader() -> None:
     with only_plugins(Recorder(), Recorder(datasets="ours")) as manager:
         assert manager.get_trainer_cls(DictDefault()) is dict
         assert manager.load_datasets(DictDefault()) == "ours"
-    with only_plugins(Recorder(datasets="ours"), Recorder(datasets="theirs")) as manager:
-        with pytest.raises(RuntimeError, match="Multiple plugins loaded datasets"):
-            manager.load_datasets(DictDefault())
+    two = only_plugins(Recorder(datasets="ours"), Recorder(datasets="theirs"))
+    with two as manager, pytest.raises(RuntimeError, match="Multiple plugins loaded datasets"):
+        manager.load_datasets(DictDefault())
 
 
 @host_fact(

@@ -81,7 +81,7 @@ def test_config_block_joins_the_schema() -> None:
     assert "demo" not in valid_config(demo={"strength": 2.0})
     with only_plugins(WithArgs()):
         assert valid_config(plugins=["demo"], demo={"strength": 2.0}).demo.strength == 2.0
-        with pytest.raises(ValidationError, match="demo.strenght\n.*Extra inputs"):
+        with pytest.raises(ValidationError, match=r"demo\.strenght\n.*Extra inputs"):
             valid_config(plugins=["demo"], demo={"strenght": 2.0})
 
 

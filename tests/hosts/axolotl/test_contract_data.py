@@ -162,7 +162,7 @@ def test_chat_template_strategy_offers_turns_and_rules() -> None:
     breaks="hosts/axolotl/conversations.py: rows of instruction datasets get their conversation from it",
     look="axolotl/prompt_tokenizers.py, prompt_strategies/alpaca_w_system.py parse_instruction_fields",
 )
-def test_instruction_strategies_parse_a_row(strategy: str, family: type, expected: tuple[str, ...]) -> None:
+def test_instruction_strategies_parse_a_row(strategy: str, family: type[Any], expected: tuple[str, ...]) -> None:
     row = {"instruction": "a", "input": "b", "output": "c"}
     orca = {"question": "a", "response": "c", "system_prompt": "h"}
     tokenizing = wrap(strategy, [{**row, **orca}]).prompt_tokenizer

@@ -1,0 +1,50 @@
+"""What tests share: the offline environment, tiny models built once, and Axolotl run inside this process."""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ.update(
+    AXOLOTL_DO_NOT_TRACK="1",
+    HF_HUB_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    ACCELERATE_USE_CPU="true",
+    AXOLOTL_LOG_LEVEL="WARNING",
+)
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest  # noqa: E402
+import tiny  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real data and tokenizers, where they lie beside the project."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no real data beside the project ({folder}): this test needs it")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A policy and two references with another tokenizer and template. Read only."""
+    folder = tmp_path_factory.mktemp("models")
+    return SimpleNamespace(
+        folder=folder,
+        policy=tiny.policy(folder / "policy"),
+        ref_a=tiny.reference(folder / "ref_a", seed=2),
+        ref_b=tiny.reference(folder / "ref_b", seed=3),
+        short=tiny.reference(folder / "short", seed=4, context=32),
+    )
+
+
+@pytest.fixture
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A fresh working folder."""
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
