@@ -13,6 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 
 from quickstart.task import Row
 
+Encoded = tuple[list[int], list[int]]  # token ids and labels of one conversation
+
 IGNORED = -100  # the label that transformers leaves out of the loss
 
 
@@ -56,7 +58,10 @@ def byte_level(vocab_size: int) -> Callable[[list[str], list[str]], Tokenizer]:
         tokenizer.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = tokenizer_trainers.BpeTrainer(
-            vocab_size=vocab_size + len(specials), special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+            vocab_size=vocab_size + len(specials),
+            special_tokens=specials,
+            initial_alphabet=alphabet,
+            show_progress=False,
         )
         tokenizer.train_from_iterator(texts, trainer)
         return tokenizer
@@ -138,7 +143,7 @@ def make_model(tokenizer: PreTrainedTokenizerBase, shape: Shape, seed: int) -> L
     return LlamaForCausalLM(config)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[list[int], list[int]]:
+def encode(tokenizer: PreTrainedTokenizerBase, row: Row) -> Encoded:
     """Token ids of a conversation and labels for its answer, the end of the turn included.
 
     A template without a generation prompt leaves its answer marker, if any, to the model.
@@ -151,7 +156,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, row: Row) -> tuple[list[int], lis
     return prompt_ids + answer_ids, [IGNORED] * len(prompt_ids) + answer_ids
 
 
-def collate(encoded: list[tuple[list[int], list[int]]], pad_id: int) -> dict[str, torch.Tensor]:
+def collate(encoded: list[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
     """One right-padded batch."""
     width = max(len(ids) for ids, _ in encoded)
     ids = torch.tensor([ids + [pad_id] * (width - len(ids)) for ids, _ in encoded])
@@ -160,7 +165,9 @@ def collate(encoded: list[tuple[list[int], list[int]]], pad_id: int) -> dict[str
     return {"input_ids": ids, "labels": labels, "attention_mask": (torch.arange(width) < lengths[:, None]).long()}
 
 
-def fit(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: list[Row], recipe: Recipe, seed: int) -> None:
+def fit(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: list[Row], recipe: Recipe, seed: int
+) -> None:
     """Plain supervised training on the rows' answers, with AdamW and a cosine schedule."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
     warmup = int(recipe.warmup * recipe.steps)
@@ -183,10 +190,10 @@ def fit(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: list[
     model.eval()
 
 
-def _batches(encoded: list, pad_id: int, recipe: Recipe, seed: int) -> Iterator[dict[str, torch.Tensor]]:
+def _batches(encoded: list[Encoded], pad_id: int, recipe: Recipe, seed: int) -> Iterator[dict[str, torch.Tensor]]:
     """`recipe.steps` shuffled batches, passing over the data as often as needed."""
     rng = random.Random(seed)
-    order: list = []
+    order: list[Encoded] = []
     for _ in range(recipe.steps):
         if len(order) < recipe.batch_size:
             order = rng.sample(encoded, len(encoded))

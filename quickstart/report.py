@@ -6,15 +6,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import matplotlib
 import pyarrow.parquet as pq
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from quickstart.task import Row
-
-matplotlib.use("Agg")  # a picture in a file, on machines without a display too
-import matplotlib.pyplot as plt  # noqa: E402
+from quickstart.task import SPOILED, Row
 
 RESULTS = "results.json"
 PICTURE = "report.png"
@@ -57,11 +54,11 @@ def publish(results: dict[str, Any], rows: list[Row], folder: Path) -> None:
 
 def _grouped(values: list[float], rows: list[Row]) -> dict[str, list[float]]:
     """Values of the clean and of the spoiled rows, and of each way to spoil."""
-    groups = defaultdict(list)
+    groups: dict[str, list[float]] = {kind: [] for kind in ("clean", "spoiled", *SPOILED)}
     for value, row in zip(values, rows, strict=True):
         for kind in ("spoiled", row.spoiled) if row.spoiled else ("clean",):
             groups[kind].append(value)
-    return dict(groups)
+    return groups
 
 
 def _table(summary: dict[str, Any]) -> Table:
@@ -82,14 +79,14 @@ def _table(summary: dict[str, Any]) -> Table:
 
 
 def _draw(groups: dict[str, dict[str, list[float]]], path: Path) -> None:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")  # without pyplot: no display, no window
+    left, right = figure.subplots(1, 2)
     _densities(left, groups["preference_score"], "preference score: mean reward of the references, nats per token")
     left.set_title("Preference score of the training rows")
     left.set_yscale("log")  # nearly all clean rows sit next to 0: on a linear scale nothing else would show
     _densities(right, groups["tau"], "tau: weight of a row's gradient at the end of training")
     right.set_title("What PoFT makes of it")
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def _densities(axes: Any, groups: dict[str, list[float]], label: str) -> None:
@@ -98,8 +95,6 @@ def _densities(axes: Any, groups: dict[str, list[float]], label: str) -> None:
     low, high = min(map(min, shown.values())), max(map(max, shown.values()))
     for kind, values in shown.items():
         label_of_kind = f"{kind} ({len(values):,} rows)"
-        axes.hist(
-            values, bins=50, range=(low, high), density=True, alpha=0.6, color=COLOURS[kind], label=label_of_kind
-        )
+        axes.hist(values, bins=50, range=(low, high), density=True, alpha=0.6, color=COLOURS[kind], label=label_of_kind)
     axes.set(xlabel=label, ylabel="density")
     axes.legend()

@@ -17,8 +17,9 @@ from typing import Any
 
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
-from quickstart import evaluate, models, report, task
+from quickstart import STARTED, evaluate, models, report, task
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "quickstart" / "work"
@@ -62,24 +63,25 @@ class Clock:
 
 def main() -> None:
     """Runs all steps in order."""
-    start, clock = time.perf_counter(), Clock()
+    clock = Clock()
+    disable_progress_bar()
     _check_axolotl()
     _clear()
-    with clock.step("build", "1/7 Data, tokenizers and the base model, made from nothing"):
+    with clock.step("build", "1/8 data, tokenizers and base model, from nothing"):
         rows = _build()
-    trained_on_clean = {name: _train_reference(clock, name, rows) for name in REFERENCES}
-    with clock.step("score", "3/7 axolotl poft score: both references score every row, once"):
+    trained_on_clean = {name: _train_reference(clock, i, name, rows) for i, name in enumerate(REFERENCES, start=2)}
+    with clock.step("score", "4/8 axolotl poft score: both references, every row"):
         _axolotl("score", "poft", "score", str(POFT_CONFIG))
-    with clock.step("export", "4/7 axolotl poft export: the scores as a file, for the report"):
+    with clock.step("export", "5/8 axolotl poft export: the scores, for the report"):
         _axolotl("export", "poft", "export", str(POFT_CONFIG), "--rows", "--out", str(WORK / "scores.parquet"))
-    with clock.step("sft", "5/7 axolotl train: SFT"):
+    with clock.step("sft", "6/8 axolotl train: SFT"):
         _axolotl("sft", "train", str(SFT_CONFIG), "--launcher", "python")
-    with clock.step("poft", "6/7 axolotl train: PoFT, same rows, same epochs"):
+    with clock.step("poft", "7/8 axolotl train: PoFT, same rows, same epochs"):
         _axolotl("poft", "train", str(POFT_CONFIG), "--launcher", "python")
-    with clock.step("evaluate", "7/7 Greedy answers to the held-out questions, and tau of every training row"):
+    with clock.step("evaluate", "8/8 held-out answers, and tau of every training row"):
         results = _measure(rows)
     results["exact_match"] |= trained_on_clean
-    results["seconds"] = clock.seconds | {"total": round(time.perf_counter() - start, 1)}
+    results["seconds"] = clock.seconds | {"total": round(time.perf_counter() - STARTED, 1)}
     report.publish(results, rows["train"], ROOT / "quickstart")
 
 
@@ -117,9 +119,9 @@ def _sft_settings() -> dict[str, Any]:
     return settings | {"output_dir": "./quickstart/work/sft"}
 
 
-def _train_reference(clock: Clock, name: str, rows: dict[str, list[task.Row]]) -> float:
-    """Trains one reference on clean rows; returns its held-out exact match."""
-    with clock.step(name, f"2/7 {name}: own tokenizer, own template, trained on {SIZES['reference']:,} clean rows"):
+def _train_reference(clock: Clock, number: int, name: str, rows: dict[str, list[task.Row]]) -> float:
+    """Trains one reference, with its own tokenizer and template, on clean rows; returns its held-out exact match."""
+    with clock.step(name, f"{number}/8 {name}: trained on clean rows"):
         tokenizer = models.make_tokenizer(REFERENCES[name], rows["reference"])
         model = models.make_model(tokenizer, SHAPE, SEED)
         models.fit(model, tokenizer, rows["reference"], REFERENCE_RECIPE, SEED)
@@ -130,10 +132,9 @@ def _train_reference(clock: Clock, name: str, rows: dict[str, list[task.Row]]) -
 def _axolotl(log_name: str, *arguments: str) -> None:
     """Runs `axolotl` in a process of its own; its output goes to a log file, whose end is shown if it fails."""
     log = WORK / f"{log_name}.log"
-    with log.open("wb") as output:
-        done = subprocess.run(
-            [AXOLOTL, *arguments], cwd=ROOT, env=os.environ | ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT
-        )
+    command, environment = [AXOLOTL, *arguments], os.environ | ENVIRONMENT
+    with log.open("wb") as out:
+        done = subprocess.run(command, check=False, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
     if done.returncode:
         tail = log.read_text(encoding="utf-8", errors="replace")[-4000:]
         raise SystemExit(f"{tail}\n\naxolotl {' '.join(arguments)} ended with {done.returncode}; all of it: {log}")

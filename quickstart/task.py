@@ -12,6 +12,7 @@ from pathlib import Path
 
 LETTERS = "abcdefghijkl"
 WORD_LENGTHS = (4, 5, 6, 7)
+SPOILED = ("swapped", "edited")
 
 TASKS: dict[str, Callable[[str], str]] = {
     "copy": lambda word: word,
@@ -107,12 +108,12 @@ def _insert(text: str, rng: random.Random) -> str:
 
 
 def _delete(text: str, rng: random.Random) -> str:
-    at = rng.randrange(len(text) + 1)
+    at = rng.randrange(max(len(text), 1))
     return text[:at] + text[at + 1 :]
 
 
 def _change(text: str, rng: random.Random) -> str:
-    at = rng.randrange(len(text) + 1)
+    at = rng.randrange(max(len(text), 1))
     return text[:at] + rng.choice(LETTERS) + text[at + 1 :]
 
 

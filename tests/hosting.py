@@ -58,11 +58,16 @@ class _Gradients(TrainerCallback):
         self._owner.recording.gradients.append(gradients)
 
 
+def forget_plugins() -> None:
+    """Starts from no plugins: the host keeps those of an earlier config, and its modules keep the manager."""
+    PluginManager.get_instance().plugins.clear()
+
+
 def load_config(path: Path, **overrides: Any) -> Any:
     """The host's own loading of a config file, with fresh plugins."""
     from axolotl.cli.config import load_cfg
 
-    PluginManager._instance = None
+    forget_plugins()
     return load_cfg(str(path), **overrides)
 
 
@@ -79,7 +84,7 @@ def preprocess(path: Path, monkeypatch: Any) -> None:
     """`axolotl preprocess` on a config, in this process."""
     from axolotl.cli.preprocess import do_cli
 
-    PluginManager._instance = None
+    forget_plugins()
     monkeypatch.setenv("AXOLOTL_IS_PREPROCESS", "1")
     do_cli(str(path))
     monkeypatch.delenv("AXOLOTL_IS_PREPROCESS")

@@ -131,7 +131,7 @@ class Renderer:
 
     def _end_of_turn(self, text: str, end: int, where: str) -> int:
         """Character position after the special token that ends the turn (white space before it is part of it)."""
-        special = sorted(_special_tokens(self.tokenizer), key=len, reverse=True)
+        special = sorted(special_tokens(self.tokenizer), key=len, reverse=True)
         match = re.match(r"\s*(?:" + "|".join(map(re.escape, special)) + ")", text[end:]) if special else None
         if match is None:
             raise RowError(
@@ -211,6 +211,7 @@ def _counted_tokens(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[in
     return [bool(value) for value in counted]
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[str]:
+    """Texts of all special tokens, added ones too."""
     added: dict[int, Any] = tokenizer.added_tokens_decoder
     return {token.content for token in added.values() if token.special} | set(tokenizer.all_special_tokens)

@@ -14,12 +14,9 @@ from axolotl.prompt_strategies.input_output import RawInputOutputStrategy
 from axolotl.prompt_tokenizers import InstructionPromptTokenizingStrategy, PromptTokenizingStrategy
 from axolotl.utils.dict import remove_none_values
 
+from poft_plugin.data.render import special_tokens
 from poft_plugin.data.rows import Conversation, RowError, Turn, checked_conversation
-
-SUPPORTED = (
-    "chat_template; alpaca, alpaca_chat.*, alpaca_instruct.*, alpaca_w_system.*, gpteacher, oasst, jeopardy, "
-    "explainchoice, concisechoice, summarizetldr; input_output; a mapping with field_instruction / field_output"
-)
+from poft_plugin.hosts.axolotl.entries import SUPPORTED_TYPES
 
 Row = Mapping[str, Any]
 Reader = Callable[[Row, str], Conversation]
@@ -44,7 +41,7 @@ def conversation_reader(strategy: PromptTokenizingStrategy, entry: str) -> Reade
         return lambda row, where: _from_segments(strategy, row, where)
     raise ValueError(
         f"{entry}: the response of its `type` ({type(strategy).__name__}) cannot be told to references. "
-        f"What works: {SUPPORTED}"
+        f"What works: {SUPPORTED_TYPES}"
     )
 
 
@@ -116,7 +113,7 @@ def _from_segments(strategy: RawInputOutputStrategy, row: Row, where: str) -> Co
     """Runs of trained segments are the assistant's turns, runs of others the user's, the policy's own markers off."""
     if not row.get("segments"):
         raise RowError(f"{where}: a row without a response: no `segments`; the row has {sorted(row)}")
-    special = [token for token in strategy.tokenizer.all_special_tokens if token]
+    special = sorted(filter(None, special_tokens(strategy.tokenizer)))
     segments = strategy.prompter.build_prompt(row["segments"])
     turns = []
     for trained, run in groupby(segments, key=lambda segment: bool(segment[0])):

@@ -16,6 +16,7 @@ from datasets import Dataset, concatenate_datasets
 from poft_plugin.data.columns import CONVERSATION, GROUP, ROW_INDEX, ROW_KEY, ROW_NUMBER, SOURCE
 from poft_plugin.data.preparation import Columns, Prepared, Rows, RunContext
 from poft_plugin.hosts.axolotl.checks import check_packing
+from poft_plugin.hosts.axolotl.entries import SUPPORTED_TYPES
 from poft_plugin.hosts.axolotl.run import MethodRun
 from poft_plugin.plugins import registry
 
@@ -42,11 +43,14 @@ class HostRows:
         """Reads the text columns out of a prepared data set.
 
         Raises:
-            ValueError: if they are not there: the rows did not come through our strategy.
+            ValueError: if they are not there: the host leaves rows alone that are tokens already.
         """
         names = [name for name in (ROW_KEY, *TEXT_COLUMNS) if name in dataset.column_names]
         if ROW_KEY not in names:
-            raise ValueError("a prepared data set without row keys; delete `dataset_prepared_path` and prepare it again")
+            raise ValueError(
+                "datasets: rows that are already tokenized (they have input_ids and labels) hold no text that "
+                f"references could score; give raw rows. What works: {SUPPORTED_TYPES}"
+            )
         return cls(dataset, Rows(dataset.select_columns(names).with_format("arrow")[:], {}))
 
 

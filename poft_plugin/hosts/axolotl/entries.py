@@ -1,7 +1,7 @@
 """The `datasets:` entries of a run: rewritten so that the host asks our strategy, which asks the host's own.
 
 The host's prepared-dataset hash is a fixed list of fields of an entry. It sees neither `rl` nor the content of a file
-(an edited row would load the stale set), so `input_transform`, which the host hashes and does not read, carries a
+(an edited row would load the stale set), so `input_format`, which the host hashes and does not read, carries a
 digest of what it cannot see.
 """
 
@@ -13,8 +13,13 @@ from pathlib import Path
 from typing import Any
 
 STRATEGY = "poft_plugin.hosts.axolotl.strategy"
-SALT_FIELD = "input_transform"
+SALT_FIELD = "input_format"
 CONTRACT = 1
+
+FAMILIES = ("chat_template", "alpaca", "alpaca_chat", "alpaca_instruct", "alpaca_w_system", "gpteacher", "oasst")
+FAMILIES += ("jeopardy", "explainchoice", "concisechoice", "summarizetldr", "input_output")
+
+SUPPORTED_TYPES = f"{', '.join(FAMILIES)} (with `.load_...` and `:style` as in Axolotl), or a mapping of field names"
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja")
 
@@ -47,7 +52,7 @@ def take_over_entries(cfg: Any, rl: str, group_column: str | None) -> None:
         group_column: as in `Entry`.
 
     Raises:
-        ValueError: for an entry without path or type.
+        ValueError: for an entry without path or type, or a type that a response cannot be taken from.
     """
     used: dict[str, int] = {}
     for section in ("datasets", "test_datasets"):
@@ -62,6 +67,9 @@ def _label(raw: Mapping[str, Any], where: str, used: dict[str, int]) -> str:
     for key in ("path", "type"):
         if not raw.get(key):
             raise ValueError(f"{where}: no `{key}:`")
+    kind = raw["type"]
+    if isinstance(kind, str) and kind.partition(":")[0].partition(".")[0] not in FAMILIES:
+        raise ValueError(f"{where} ({raw['path']}): type {kind!r} is not supported. What works: {SUPPORTED_TYPES}")
     path = str(raw["path"])
     name = Path(path).name if Path(path).exists() else path
     label = " ".join([name, *(str(raw[key]) for key in ("name", "split") if raw.get(key))])

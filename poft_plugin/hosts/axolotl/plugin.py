@@ -11,6 +11,8 @@ from axolotl.integrations.base import BasePlugin
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 
+# the host finds the strategy by name, and takes a ModuleNotFoundError in it for an unknown dataset type
+import poft_plugin.hosts.axolotl.strategy  # noqa: F401
 from poft_plugin.data.preparation import RunContext
 from poft_plugin.hosts.axolotl.compat import TESTED_VERSIONS, prepare_cpu_ranks
 from poft_plugin.hosts.axolotl.run import MethodRun, take_over

@@ -18,8 +18,8 @@ from datasets import Dataset, concatenate_datasets
 
 from poft_plugin.data.columns import CONVERSATION, GROUP, ROW_KEY, ROW_NUMBER, SOURCE
 from poft_plugin.data.rows import RowError, dump_conversation, load_conversation, row_key
-from poft_plugin.hosts.axolotl.conversations import SUPPORTED, Reader, conversation_reader
-from poft_plugin.hosts.axolotl.entries import ENTRIES, SALT_FIELD, Entry
+from poft_plugin.hosts.axolotl.conversations import Reader, conversation_reader
+from poft_plugin.hosts.axolotl.entries import ENTRIES, SALT_FIELD, SUPPORTED_TYPES, Entry
 from poft_plugin.losses.logps import IGNORED
 
 
@@ -81,8 +81,8 @@ class MethodStrategy(DatasetWrappingStrategy):
         strategy = getattr(wrapped, "prompt_tokenizer", None)
         if strategy is None:
             raise ValueError(
-                f"{self.entry.label}: type {self.entry.raw['type']!r} gives tokens without a text to score "
-                f"(or is already tokenized). What works: {SUPPORTED}"
+                f"{self.entry.label}: type {self.entry.raw['type']!r} gives tokens without a text to score. "
+                f"What works: {SUPPORTED_TYPES}"
             )
         return strategy
 

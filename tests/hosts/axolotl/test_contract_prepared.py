@@ -72,7 +72,7 @@ def test_an_edited_row_loads_the_stale_set(tmp_path: Path, prepare: Any) -> None
 
 
 @host_fact(
-    "the hash depends on the entry's `type` and `input_transform`, not on top-level keys of ours",
+    "the hash depends on the entry's `type` and `input_format`, not on top-level keys of ours",
     breaks=f"{ENTRIES} SALT_FIELD: SFT, PoFT and an edited file would share one prepared set",
     look="axolotl/utils/data/shared.py DATASET_HASH_* fields",
 )
@@ -83,7 +83,7 @@ def test_the_hash_sees_type_but_not_our_settings() -> None:
         return generate_dataset_hash_from_config(cfg, cfg.datasets, "tokenizer")
 
     assert hashed() == hashed(trust_remote_code=True)
-    assert len({hashed(), hashed(type="ours.one"), hashed(type="ours.two"), hashed(input_transform="salt")}) == 4
+    assert len({hashed(), hashed(type="ours.one"), hashed(type="ours.two"), hashed(input_format="salt")}) == 4
 
 
 @host_fact(

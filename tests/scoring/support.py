@@ -1,0 +1,70 @@
+"""Rows and scorers for the scoring tests, and a plain float64 loop to compare with."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from poft_plugin.config import ReferenceConfig
+from poft_plugin.data.preparation import Rows
+from poft_plugin.data.rows import Turn, dump_conversation, row_key
+from poft_plugin.scoring.cache import ScoreCache
+from poft_plugin.scoring.causal_lm import CausalLMScorer
+from poft_plugin.scoring.checkpoints import resolve_checkpoint
+
+
+def conversation(row: dict[str, Any]) -> tuple[Turn, ...]:
+    """A chat row, all assistant turns counted."""
+    return tuple(Turn(m["role"], m["content"], m["role"] == "assistant") for m in row["messages"])
+
+
+def as_rows(rows: list[dict[str, Any]], source: str = "data.jsonl") -> Rows:
+    """Rows of one data set."""
+    conversations = [conversation(row) for row in rows]
+    return Rows(
+        pa.table(
+            {
+                "row_key": pa.chunked_array([[row_key(c) for c in conversations]]),
+                "conversation": pa.chunked_array([[dump_conversation(c) for c in conversations]]),
+                "source": pa.chunked_array([[source] * len(rows)]),
+                "row_number": pa.chunked_array([list(range(len(rows)))]),
+            }
+        ),
+        {},
+    )
+
+
+def scorer(folder: Path, cache: ScoreCache, *, include_end_of_turn: bool = False, **settings: Any) -> CausalLMScorer:
+    """A scorer of a local model."""
+    reference = ReferenceConfig(model=str(folder), **settings)
+    checkpoint = resolve_checkpoint(str(folder), reference.revision, cache)
+    return CausalLMScorer(reference, checkpoint, include_end_of_turn)
+
+
+def plain_reward(folder: Path, row: dict[str, Any]) -> tuple[float, int]:
+    """Render, find the response in the text, full log-softmax in float64, one row, no padding.
+
+    The counted tokens are those that share a character with an assistant's text. Texts here have one space between
+    words and occur once in the rendered row, so that `str.find` and the tokenizer's own offsets suffice.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    text = tokenizer.apply_chat_template(row["messages"], tokenize=False)
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    counted = set()
+    position = 0
+    for message in row["messages"]:
+        content = message["content"].strip()
+        begin = text.find(content, position)
+        assert begin >= 0
+        position = begin + len(content)
+        if message["role"] == "assistant":
+            spans = enumerate(encoding["offset_mapping"])
+            counted |= {i for i, (start, end) in spans if min(end, position) > max(start, begin)}
+    ids = torch.tensor(encoding["input_ids"])
+    with torch.no_grad():
+        logps = model(ids[None]).logits[0].log_softmax(-1)
+    values = [float(logps[i - 1, ids[i]]) for i in sorted(counted) if i > 0]
+    return sum(values) / len(values), len(values)

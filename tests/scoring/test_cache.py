@@ -1,0 +1,76 @@
+"""The cache: content-addressed, atomic, several writers."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from poft_plugin.scoring.cache import ENVIRONMENT, ScoreCache, atomic_file, cache_folder
+from poft_plugin.scoring.scorer import Identity, Score
+
+A, B = Identity({"x": 1, "y": None}), Identity({"y": None, "x": 2})
+KEYS = pa.chunked_array([["a", "b", "c"], ["a"]])
+
+
+def test_lookup_is_aligned_with_the_keys(tmp_path: Path) -> None:
+    cache = ScoreCache(tmp_path)
+    cache.write(A, [Score("c", -3.0, 30), Score("a", -1.0, 10)])
+    found = cache.lookup(A, KEYS)
+    np.testing.assert_array_equal(found.rewards, [-1.0, np.nan, -3.0, -1.0])
+    np.testing.assert_array_equal(found.num_tokens, [10, 0, 30, 10])
+    np.testing.assert_array_equal(found.missing, [False, True, False, False])
+    assert cache.lookup(B, KEYS).missing.all()
+
+
+def test_rows_that_are_too_long_are_known_and_not_missing(tmp_path: Path) -> None:
+    cache = ScoreCache(tmp_path)
+    cache.write(A, [Score("b", float("nan"), -5000)])
+    found = cache.lookup(A, KEYS)
+    np.testing.assert_array_equal(found.too_long, [False, True, False, False])
+    np.testing.assert_array_equal(found.missing, [True, False, True, True])
+
+
+def test_writers_add_files(tmp_path: Path) -> None:
+    cache = ScoreCache(tmp_path)
+    for key in "abc":
+        cache.write(A, [Score(key, -1.0, 1)])
+    assert not cache.lookup(A, KEYS).missing.any()
+    assert len(list((tmp_path / A.digest).glob("scores-*.parquet"))) == 3
+    assert (tmp_path / A.digest / "identity.json").exists()
+
+
+def test_identity_does_not_depend_on_key_order() -> None:
+    assert Identity({"x": 1, "y": 2}).digest == Identity({"y": 2, "x": 1}).digest != A.digest
+
+
+def test_a_broken_file_is_named(tmp_path: Path) -> None:
+    cache = ScoreCache(tmp_path)
+    cache.write(A, [Score("a", -1.0, 1)])
+    file = next((tmp_path / A.digest).glob("scores-*.parquet"))
+    file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(ValueError, match=f"{file.name}.*delete it"):
+        cache.lookup(A, KEYS)
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), atomic_file(tmp_path / "x.json") as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_notes_merge(tmp_path: Path) -> None:
+    cache = ScoreCache(tmp_path / "new")
+    assert cache.read_note("revisions") == {}
+    cache.update_note("revisions", {"a": 1})
+    cache.update_note("revisions", {"b": 2})
+    assert cache.read_note("revisions") == {"a": 1, "b": 2}
+
+
+def test_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    assert cache_folder(None) == Path("poft_scores")
+    monkeypatch.setenv(ENVIRONMENT, "/somewhere")
+    assert cache_folder(None) == Path("/somewhere")
+    assert cache_folder("here") == Path("here")
