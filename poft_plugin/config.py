@@ -21,9 +21,7 @@ class ReferenceConfig(Block):
         None, description="Parquet file of scores made elsewhere (`row_key, reward`); nothing is loaded."
     )
     name: str | None = Field(None, description="Short name in tables; default: the model's last path part.")
-    revision: str | None = Field(
-        None, description="Hub revision; resolved to a commit before anything is keyed by it."
-    )
+    revision: str | None = Field(None, description="Hub revision; resolved to a commit before anything is keyed by it.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Weights' dtype; `auto`: as the checkpoint says."
     )
@@ -34,9 +32,7 @@ class ReferenceConfig(Block):
         None, description="transformers' attention implementation; null: its own choice."
     )
     devices: int = Field(1, ge=1, description="GPUs per copy (device_map), for references larger than one.")
-    chat_template: str | None = Field(
-        None, description="null: the tokenizer's own; or a file, or Jinja text."
-    )
+    chat_template: str | None = Field(None, description="null: the tokenizer's own; or a file, or Jinja text.")
     system_turns: Literal["keep", "merge", "drop"] = Field(
         "keep", description="keep | merge (into the first user turn) | drop: some templates refuse system turns."
     )
@@ -82,9 +78,7 @@ class PoftConfig(Block):
     keep_top_percent: float = Field(
         100.0, gt=0, le=100, description="Share of training rows kept, by preference score (Fig. 4), in percent."
     )
-    keep_within: str = Field(
-        "none", description="Rank rows for `keep_top_percent` within: none | dataset | <column>."
-    )
+    keep_within: str = Field("none", description="Rank rows for `keep_top_percent` within: none | dataset | <column>.")
     missing_scores: Literal["score", "error"] = Field(
         "score", description="What `axolotl train` does with rows that have no cached score: score | error."
     )

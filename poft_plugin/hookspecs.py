@@ -1,5 +1,6 @@
 """The whole extension surface. A package implements any of these hooks and names its module under the entry-point
-group `poft_plugin`; our own methods come in by the same door (see `poft_plugin.methods`)."""
+group `poft_plugin`; our own methods come in by the same door (see `poft_plugin.methods`).
+"""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING

@@ -1,5 +1,6 @@
 """Axolotl inside the test's own process: one configuration after the other, with the trainer kept for inspection."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,6 +77,9 @@ def train(path: Path, **overrides: Any) -> Recording:
     from axolotl.cli.train import do_train
 
     cfg = load_config(path, **overrides)
+    # the host collects garbage at every packing (half a second over all that tests have imported): let it find little
+    gc.collect()
+    gc.freeze()
     do_train(cfg, TrainerCliArgs())
     return RecorderPlugin.recording
 

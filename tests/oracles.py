@@ -113,3 +113,26 @@ def moments(values: Iterable[float], weights: Iterable[float] | None = None) -> 
     mean = math.fsum(w * v for w, v in zip(weights, values, strict=True)) / total
     variance = math.fsum(w * (v - mean) ** 2 for w, v in zip(weights, values, strict=True)) / total
     return Moments(mean, math.sqrt(variance))
+
+
+VISIBLE = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+OTHERS = [byte for byte in range(256) if byte not in VISIBLE]
+ALPHABET = {chr(byte): byte for byte in VISIBLE} | {chr(256 + n): byte for n, byte in enumerate(OTHERS)}
+"""GPT-2's alphabet, which gives each byte a visible character."""
+
+
+def token_bytes(token: str) -> bytes:
+    """Bytes of a byte-level BPE token."""
+    return bytes(ALPHABET[character] for character in token)
+
+
+def counted_by_bytes(tokens: Iterable[bytes], text: str, spans: Iterable[tuple[int, int]]) -> list[bool]:
+    """Whether each token holds a byte of a span of characters; the tokens' bytes, end to end, are the text's."""
+    edges = [(len(text[:start].encode()), len(text[:end].encode())) for start, end in spans]
+    counted, position = [], 0
+    for token in tokens:
+        inside = range(position, position + len(token))
+        counted.append(any(start <= byte < end for byte in inside for start, end in edges))
+        position += len(token)
+    assert position == len(text.encode())
+    return counted

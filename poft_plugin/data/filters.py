@@ -19,9 +19,7 @@ def top_percent_count(percent: float, total: int) -> int:
     return ceil(Fraction(str(percent)) * total / 100)
 
 
-def keep_top_percent(
-    rows: Rows, *, percent: float, within: str = "none", column: str = REFERENCE_LOGP
-) -> np.ndarray:
+def keep_top_percent(rows: Rows, *, percent: float, within: str = "none", column: str = REFERENCE_LOGP) -> np.ndarray:
     """Keeps the rows with the highest score, the paper's filter by preference score (section 4.3, Fig. 4).
 
     Args:

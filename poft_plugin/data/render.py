@@ -6,8 +6,9 @@ may strip or add white space. A response that cannot be found again exactly is a
 
 import datetime
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -90,6 +91,8 @@ class Renderer:
         if self.include_end_of_turn:
             spans = [(start, self._end_of_turn(text, end, where)) for start, end in spans]
         counted = _counted_tokens(offsets, spans)
+        for number, (begin, end) in self._own_spans(text, encoding["input_ids"], offsets):
+            counted[number] = any(begin < span_end and start < end for start, span_end in spans)
         counted[:1] = [False] * len(counted[:1])
         if not any(counted):
             raise RowError(f"{where}: reference {self.name!r}: the response has no token in the rendered text")
@@ -122,12 +125,32 @@ class Renderer:
             )
         except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
             roles = [turn.role for turn in turns]
-            hint = " Set `system_turns: merge` or `drop` for it, if it knows no system turn." if "system" in roles else ""
+            hint = (
+                " Set `system_turns: merge` or `drop` for it, if it knows no system turn." if "system" in roles else ""
+            )
             raise RowError(
                 f"{where}: the chat template of reference {self.name!r} refuses the turns {roles}: {error}.{hint}"
             ) from error
         assert isinstance(text, str)
         return text
+
+    def _own_spans(
+        self, text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]
+    ) -> Iterator[tuple[int, tuple[int, int]]]:
+        """Position and own characters of added tokens that swallow the white space beside them (Phi-3's role tokens).
+
+        Their offsets take that white space in, and it may be the response's.
+        """
+        for number, token in enumerate(ids if self._swallowing else ()):
+            start, end = offsets[number]
+            begin = text.find(self._swallowing[token], start, end) if token in self._swallowing else -1
+            if begin >= 0:
+                yield number, (begin, begin + len(self._swallowing[token]))
+
+    @cached_property
+    def _swallowing(self) -> dict[int, str]:
+        added: dict[int, Any] = self.tokenizer.added_tokens_decoder
+        return {number: token.content for number, token in added.items() if token.lstrip or token.rstrip}
 
     def _end_of_turn(self, text: str, end: int, where: str) -> int:
         """Character position after the special token that ends the turn (white space before it is part of it)."""
@@ -136,7 +159,7 @@ class Renderer:
         if match is None:
             raise RowError(
                 f"{where}: reference {self.name!r}: `include_end_of_turn: true`, but its template writes no special "
-                f"token after the response (found {text[end:end + 20]!r}). Set it to false or change the template"
+                f"token after the response (found {text[end : end + 20]!r}). Set it to false or change the template"
             )
         return end + match.end()
 

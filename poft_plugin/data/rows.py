@@ -74,13 +74,19 @@ def checked_conversation(turns: Iterable[Turn], where: str) -> Conversation:
     conversation = tuple(turns)
     counted = [turn for turn in conversation if turn.counted]
     if not counted:
-        raise RowError(f"{where}: a row without a response: no assistant turn is trained on. Remove the row, or check "
-                       "`roles_to_train`, `message_field_training` and the field names of the dataset entry")
+        raise RowError(
+            f"{where}: a row without a response: no assistant turn is trained on. Remove the row, or check "
+            "`roles_to_train`, `message_field_training` and the field names of the dataset entry"
+        )
     for turn in counted:
         if turn.role != "assistant":
-            raise RowError(f"{where}: a turn of role {turn.role!r} is trained on; only whole assistant turns can be "
-                           "scored by a reference. Check `roles_to_train` and `message_field_training`")
+            raise RowError(
+                f"{where}: a turn of role {turn.role!r} is trained on; only whole assistant turns can be "
+                "scored by a reference. Check `roles_to_train` and `message_field_training`"
+            )
         if not turn.content.strip():
-            raise RowError(f"{where}: a row without a response: an assistant turn that is trained on has no text. "
-                           "Remove the row or fill in the answer")
+            raise RowError(
+                f"{where}: a row without a response: an assistant turn that is trained on has no text. "
+                "Remove the row or fill in the answer"
+            )
     return conversation

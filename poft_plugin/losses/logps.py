@@ -3,8 +3,8 @@
 Axes: N predicted tokens, D hidden size, V vocabulary, B sequences. Log-probabilities are natural logs (nats).
 
 The head of a current model maps 4 k hidden numbers to 128 k logits, and only response tokens need it. `token_logps`
-takes the hidden states that predict them, walks through them a chunk at a time, keeps one number a token (the
-log-normaliser) and computes the chunk's logits again in backward. The plain form is kept beside it as the oracle.
+takes the hidden states that predict them, walks through them a chunk at a time, keeps nothing of a chunk but its
+log-probabilities and computes its logits again in backward. The plain form is kept beside it as the oracle.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, log_softmax
+from torch.nn.functional import linear, log_softmax, softmax
 
 IGNORED = -100
 """Label of a token that does not count, as everywhere in transformers."""
@@ -52,8 +52,9 @@ def plain_token_logps(
     hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, transform: LogitTransform = IDENTITY
 ) -> Tensor:
     """The literal form of `token_logps`: all logits, a log-softmax over them, one gathered. The oracle in tests."""
-    logits = transform.apply(linear(hidden, weight, bias).float() if hidden.dtype != torch.float64 else
-                             linear(hidden, weight, bias))
+    logits = transform.apply(
+        linear(hidden, weight, bias).float() if hidden.dtype != torch.float64 else linear(hidden, weight, bias)
+    )
     return log_softmax(logits, dim=-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 
@@ -155,9 +156,7 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-def _chunk_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform
-) -> Tensor:
+def _chunk_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
     logits = linear(hidden, weight, bias)
     return transform.apply(logits if logits.dtype == torch.float64 else logits.float())
 
@@ -178,42 +177,41 @@ class _TokenLogps(torch.autograd.Function):
     ) -> Tensor:
         out_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         logps = hidden.new_empty(len(hidden), dtype=out_dtype)
-        log_normalisers = torch.empty_like(logps)
         with torch.autocast(hidden.device.type, enabled=False):
             cast_weight, cast_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
             for start in range(0, len(hidden), chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
                 logits = _chunk_logits(hidden[rows].to(dtype), cast_weight, cast_bias, transform)
-                log_normalisers[rows] = logits.logsumexp(-1)
-                logps[rows] = logits.gather(-1, targets[rows, None]).squeeze(-1) - log_normalisers[rows]
-        ctx.save_for_backward(hidden, weight, bias, targets, log_normalisers)
+                logps[rows] = log_softmax(logits, -1).gather(-1, targets[rows, None]).squeeze(-1)
+        ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.transform, ctx.chunk_tokens, ctx.dtype = transform, chunk_tokens, dtype
         return logps
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, log_normalisers = ctx.saved_tensors
+        hidden, weight, bias, targets = ctx.saved_tensors
         transform, step, dtype = ctx.transform, ctx.chunk_tokens, ctx.dtype
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        sum_dtype = log_normalisers.dtype
+        sum_dtype = grad_outputs[0].dtype
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=sum_dtype) if needs_bias else None
-        cast_weight, cast_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        for start in range(0, len(hidden), step):
-            rows = slice(start, start + step)
-            chunk = hidden[rows].to(dtype)
-            logits = _chunk_logits(chunk, cast_weight, cast_bias, transform)
-            grad = (logits - log_normalisers[rows, None]).exp_().neg_()
-            grad.scatter_add_(-1, targets[rows, None], torch.ones_like(grad[:, :1]))
-            grad *= grad_outputs[0][rows, None]
-            grad = transform.backward(logits, grad)
-            if grad_bias is not None:
-                grad_bias += grad.sum(0)
-            if grad_hidden is not None:
-                grad_hidden[rows] = (grad.to(dtype) @ cast_weight).to(hidden.dtype)
-            if grad_weight is not None:
-                _add_outer(grad_weight, grad, chunk)
+        with torch.autocast(hidden.device.type, enabled=False):
+            cast_weight, cast_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+            for start in range(0, len(hidden), step):
+                rows = slice(start, start + step)
+                chunk = hidden[rows].to(dtype)
+                logits = _chunk_logits(chunk, cast_weight, cast_bias, transform)
+                grad = softmax(logits, -1).neg_()
+                grad.scatter_add_(-1, targets[rows, None], torch.ones_like(grad[:, :1]))
+                grad *= grad_outputs[0][rows, None]
+                grad = transform.backward(logits, grad)
+                if grad_bias is not None:
+                    grad_bias += grad.sum(0)
+                if grad_hidden is not None:
+                    grad_hidden[rows] = (grad.to(dtype) @ cast_weight).to(hidden.dtype)
+                if grad_weight is not None:
+                    _add_outer(grad_weight, grad, chunk)
         return (
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight.dtype),

@@ -35,9 +35,7 @@ def poft_loss(policy_logp: Tensor, reference_logp: Tensor, *, beta: float = 1.0,
     return -logsigmoid(_margin(policy_logp, reference_logp, beta, gamma))
 
 
-def poft_coefficient(
-    policy_logp: Tensor, reference_logp: Tensor, *, beta: float = 1.0, gamma: float = 0.0
-) -> Tensor:
+def poft_coefficient(policy_logp: Tensor, reference_logp: Tensor, *, beta: float = 1.0, gamma: float = 0.0) -> Tensor:
     r"""How much of the SFT gradient a row contributes, `beta * sigmoid(-(beta * (policy - reference) + gamma))`.
 
     The gradient of `poft_loss` is the gradient of the length-normalised SFT loss times this number. At `beta = 1`,

@@ -16,7 +16,7 @@ def coloured(rendered: Rendered) -> Text:
         if end <= used and begin < end:
             begin = end  # a further piece of a character that was printed
         style = (COUNTED if counted else OTHER)[number % 2]
-        text.append(_visible(rendered.text[max(begin, used):end]), style)
+        text.append(_visible(rendered.text[max(begin, used) : end]), style)
         used = max(used, end)
     return text
 

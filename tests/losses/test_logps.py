@@ -50,17 +50,19 @@ def values_and_gradients(function: Function, inputs: dict[str, Any], **settings:
 def assert_no_worse_than_plain(
     function: Function, inputs: dict[str, Any], after: oracles.Logits = oracles.transform(), plain: Function | None = None
 ) -> None:
-    """The error budget: the plain form's largest error in the same precision, against float64 on the same inputs.
+    """The error budget: the plain form's error in the same precision, against float64 on the same inputs.
 
-    A quarter is left for another order of summation.
+    A quarter is left for another order of summation. The gradient of a bfloat16 weight is rounded twice, chunk by
+    chunk and at the end, where the plain form's is rounded once.
     """
     exact = values_and_gradients(oracles.token_logps, inputs, after=after)
     plain_form = values_and_gradients(plain or oracles.plain_token_logps, inputs, after=after)
     ours = values_and_gradients(function, inputs)
-    for mine, theirs, truth in zip(ours, plain_form, exact, strict=True):
-        budget = 1.25 * (theirs - truth).abs().max()
+    roundings = [1, 1, 2 if inputs["weight"].dtype == torch.bfloat16 else 1, 1]
+    for mine, theirs, truth, times in zip(ours, plain_form, exact, roundings, strict=True):
+        budget = 1.25 * math.sqrt(times) * (theirs - truth).square().mean().sqrt()
         assert budget > 0
-        assert (mine - truth).abs().max() <= budget
+        assert (mine - truth).square().mean().sqrt() <= budget
 
 
 def test_values_by_hand() -> None:
@@ -177,6 +179,13 @@ def test_only_what_requires_a_gradient_gets_one(wanted: str) -> None:
     token_logps(**frozen).sum().backward()
     torch.testing.assert_close(frozen[wanted].grad, inputs[wanted].grad)
     assert all(frozen[name].grad is None for name in {"hidden", "weight", "bias"} - {wanted})
+
+
+def test_a_second_derivative_is_an_error_not_a_wrong_number() -> None:
+    inputs = problem(torch.float64)
+    (gradient,) = torch.autograd.grad(token_logps(**inputs).sum(), inputs["hidden"], create_graph=True)
+    with pytest.raises(RuntimeError):
+        gradient.square().sum().backward()
 
 
 def test_extreme_logits_stay_finite() -> None:

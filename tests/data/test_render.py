@@ -1,0 +1,269 @@
+"""Which tokens of a rendered conversation are the response."""
+
+import datetime
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import oracles
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
+
+from poft_plugin.data.render import FIXED_DATE, Rendered, Renderer, SystemTurns, apply_system_turns
+from poft_plugin.data.rows import Conversation, RowError, Turn
+
+WHERE = "data.jsonl row 3 (key 00)"
+SPECIALS = ["<|bos|>", "<|im_end|>", "<|pad|>", "<|im_start|>"]
+PIECES = ["a", "beta", "Ä", "東", "✓", "👍", " ", "  ", "\n", "\t", ".", "<|im_end|>", "xqTURN1qx", "\u00a0", "é"]
+CONTENT = st.lists(st.sampled_from(PIECES), min_size=1, max_size=9).map("".join).filter(str.strip)
+
+
+@pytest.fixture(scope="session")
+def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A byte-level tokenizer."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    return AutoTokenizer.from_pretrained(
+        tiny.bpe_tokenizer(folder, vocab_size=400, template=tiny.CHATML, specials=SPECIALS, eos="<|im_end|>")
+    )
+
+
+def user(content: str) -> Turn:
+    """A question."""
+    return Turn("user", content)
+
+
+def assistant(content: str, counted: bool = True) -> Turn:
+    """An answer."""
+    return Turn("assistant", content, counted)
+
+
+def chatml(turns: Conversation) -> tuple[str, list[tuple[int, int]]]:
+    """What ChatML writes, and where the counted contents are in it: by adding up lengths."""
+    text, spans = "", []
+    for turn in turns:
+        text += f"<|im_start|>{turn.role}\n"
+        if turn.counted:
+            spans.append((len(text), len(text) + len(turn.content)))
+        text += f"{turn.content}<|im_end|>\n"
+    return text, spans
+
+
+def counted_text(tokenizer: Any, rendered: Rendered) -> str:
+    """The counted tokens, decoded together."""
+    ids = [i for i, counted in zip(rendered.input_ids, rendered.counted, strict=True) if counted]
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
+def by_bytes(tokenizer: Any, rendered: Rendered, spans: list[tuple[int, int]]) -> list[bool]:
+    """The oracle for byte-level tokenizers."""
+    special = set(tokenizer.all_special_tokens) | set(SPECIALS)
+    tokens = tokenizer.convert_ids_to_tokens(list(rendered.input_ids))
+    pieces = [t.encode() if t in special else oracles.token_bytes(t) for t in tokens]
+    return oracles.counted_by_bytes(pieces, rendered.text, spans)
+
+
+def test_single_turn_by_hand(byte_level: Any) -> None:
+    turns = (user("alpha?"), assistant("beta gamma."))
+    rendered = Renderer(byte_level, tiny.CHATML, "ref")(turns, WHERE)
+    assert rendered.text == chatml(turns)[0]
+    assert list(rendered.input_ids) == byte_level(rendered.text, add_special_tokens=False)["input_ids"]
+    assert counted_text(byte_level, rendered) == "beta gamma."
+    assert rendered.num_counted == len(byte_level("beta gamma.", add_special_tokens=False)["input_ids"])
+
+
+def test_only_counted_turns_count(byte_level: Any) -> None:
+    turns = (user("one"), assistant("two", counted=False), user("three"), assistant("four"), user("six"), assistant("."))
+    rendered = Renderer(byte_level, tiny.CHATML, "ref")(turns, WHERE)
+    assert counted_text(byte_level, rendered) == "four."
+    assert list(rendered.counted) == by_bytes(byte_level, rendered, chatml(turns)[1])
+
+
+@pytest.mark.parametrize("content", ["alpha", "assistant", "user\n", "<|im_end|>", "xqTURN1qx", "xxqTURN3qxx", "a|b("])
+def test_an_answer_that_occurs_elsewhere_too_is_found_at_its_own_place(byte_level: Any, content: str) -> None:
+    turns = (user(content), assistant(content), user(content), assistant(content))
+    rendered = Renderer(byte_level, tiny.CHATML, "ref")(turns, WHERE)
+    assert list(rendered.counted) == by_bytes(byte_level, rendered, chatml(turns)[1])
+
+
+@settings(deadline=None, max_examples=150)
+@given(turns=st.lists(st.tuples(CONTENT, CONTENT, st.booleans()), min_size=1, max_size=3))
+def test_byte_level_tokens_count_where_they_hold_a_byte_of_a_response(
+    byte_level: Any, turns: list[tuple[str, str, bool]]
+) -> None:
+    """Runs of spaces, characters of several bytes, tokens that begin or end with white space."""
+    pairs = [(user(question), assistant(answer, counted)) for question, answer, counted in turns]
+    conversation = (*[turn for pair in pairs for turn in pair], user("?"), assistant("last"))
+    rendered = Renderer(byte_level, tiny.CHATML, "ref")(conversation, WHERE)
+    text, spans = chatml(conversation)
+    assert rendered.text == text
+    assert list(rendered.counted) == by_bytes(byte_level, rendered, spans)
+
+
+@pytest.mark.parametrize(("before", "after"), [(" ", ""), ("\n\n", " "), ("", "\n"), ("[/INST] ", " </s>")])
+@pytest.mark.parametrize("filters", ["", "| trim"])
+@pytest.mark.parametrize("content", ["alpha beta", " alpha\n", "\n alpha", "alpha  "])
+def test_templates_may_strip_and_add_white_space(
+    byte_level: Any, before: str, after: str, filters: str, content: str
+) -> None:
+    template = (
+        "{% for m in messages %}{{ m.role }}:" + before + "{{ m.content " + filters + " }}" + after + "{% endfor %}"
+    )
+    rendered = Renderer(byte_level, template, "ref")((user("one"), assistant(content), user("two")), WHERE)
+    kept = content.strip() if filters else content
+    question = len(f"user:{before}one{after}assistant:{before}")
+    assert rendered.text[question:].startswith(kept + after)
+    assert list(rendered.counted) == by_bytes(byte_level, rendered, [(question, question + len(kept))])
+
+
+def test_generation_markers_are_not_needed_and_do_no_harm(byte_level: Any) -> None:
+    marked = tiny.CHATML.replace("{{ m['content'] }}", "{% generation %}{{ m['content'] }}{% endgeneration %}")
+    assert "generation %}" in marked
+    turns = (user("one"), assistant("two three"))
+    plain, other = (Renderer(byte_level, template, "ref")(turns, WHERE) for template in (tiny.CHATML, marked))
+    assert plain == other
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{{ m.content | upper }}", "{{ m.content | replace('e', 'E') }}", "{{ m.content[:6] }}", "{{ m.content[:12] }}",
+     "{{ m.content }}{{ m.content }}", "{% if loop.last %}{{ m.content }}{% endif %}", "",
+     "{{ m.content | replace('  ', ' ') }}", "{{ '-' if m.content[0] == 't' }}{{ m.content }}"],
+    ids=["upper", "replaced", "short", "cut", "twice", "last-only", "absent", "spaces-squeezed", "looks-at-it"],
+)  # fmt: skip
+def test_a_template_that_alters_a_response_is_an_error(byte_level: Any, content: str) -> None:
+    template = "{% for m in messages %}<{{ m.role }}>" + content + "{% endfor %}"
+    turns = (user("one"), assistant("two  three four five"), user("six"), assistant("seven eight nine ten"))
+    with pytest.raises(RowError, match=r"^data.jsonl row 3 .*reference 'ref'.*template changes the response.*remove"):
+        Renderer(byte_level, template, "ref")(turns, WHERE)
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("keep", (Turn("system", "Be kind."), user("one"), Turn("system", "And short."), assistant("two"))),
+        ("merge", (user("Be kind.\n\nAnd short.\n\none"), assistant("two"))),
+        ("drop", (user("one"), assistant("two"))),
+    ],
+)
+def test_system_turns(byte_level: Any, mode: SystemTurns, expected: Conversation) -> None:
+    turns = (Turn("system", "Be kind."), user("one"), Turn("system", "And short."), assistant("two"))
+    assert apply_system_turns(turns, mode) == expected
+    rendered = Renderer(byte_level, tiny.CHATML, "ref", system_turns=mode)(turns, WHERE)
+    assert rendered.text == chatml(expected)[0]
+    assert counted_text(byte_level, rendered) == "two"
+
+
+def test_system_turns_without_a_user_turn_are_merged_into_one() -> None:
+    assert apply_system_turns((Turn("system", "a"), assistant("b")), "merge") == (user("a"), assistant("b"))
+
+
+@pytest.mark.parametrize("mode", ["keep", "merge", "drop"])
+def test_without_system_turns_nothing_changes(mode: SystemTurns) -> None:
+    assert apply_system_turns((user("one"), assistant("two")), mode) == (user("one"), assistant("two"))
+
+
+def test_a_template_that_refuses_the_turns_names_row_reference_and_remedy(byte_level: Any) -> None:
+    renderer = Renderer(byte_level, tiny.INST, "ref")
+    turns = (Turn("system", "Be kind."), user("one"), assistant("two"))
+    with pytest.raises(RowError, match=r"^data.jsonl row 3 .*'ref' refuses.*only user and assistant.*`system_turns: m"):
+        renderer(turns, WHERE)
+    with pytest.raises(RowError, match="refuses the turns") as refusal:
+        renderer((user("one"), assistant("two"), Turn("tool", "three")), WHERE)
+    assert "system_turns" not in str(refusal.value)
+    merged = Renderer(byte_level, tiny.INST, "ref", system_turns="merge")(turns, WHERE)
+    assert merged.text == "<|bos|>[INST] Be kind.\n\none [/INST] two<|im_end|>"
+
+
+@pytest.mark.parametrize(("gap", "counts"), [("", ["two", "<|im_end|>"]), ("\n", ["two", "\n", "<|im_end|>"])])
+def test_end_of_turn_tokens_count_where_asked(byte_level: Any, gap: str, counts: list[str]) -> None:
+    template = tiny.CHATML.replace("<|im_end|>", gap + "<|im_end|>")
+    turns = (user("one"), assistant("two", counted=False), user("three"), assistant("two"))
+    without, with_end = (
+        Renderer(byte_level, template, "ref", include_end_of_turn=asked)(turns, WHERE) for asked in (False, True)
+    )
+    assert counted_text(byte_level, without) == "two"
+    assert counted_text(byte_level, with_end) == "".join(counts)
+    assert with_end.num_counted == without.num_counted + len(counts) - 1
+    assert with_end.input_ids == without.input_ids
+
+
+def test_a_template_without_an_end_of_turn_token_is_refused_where_one_counts(byte_level: Any) -> None:
+    template = "{% for m in messages %}### {{ m.role }}\n{{ m.content }}\n{% endfor %}"
+    turns = (user("one"), assistant("two"), user("three"))
+    with pytest.raises(RowError, match=r"row 3 .*'ref'.*`include_end_of_turn: true`.*'\\n### user\\nthree\\n'.*false"):
+        Renderer(byte_level, template, "ref", include_end_of_turn=True)(turns, WHERE)
+
+
+@pytest.mark.parametrize("content", ["alpha", "  alpha", "\nalpha", "alpha \n", "al<|end|> pha"])
+@pytest.mark.parametrize("include", [True, False])
+def test_role_tokens_that_swallow_white_space_are_not_the_response(
+    byte_level: Any, tmp_path: Path, content: str, include: bool
+) -> None:
+    """As Phi-3's: `rstrip` makes the role token take in the white space that begins the response."""
+    byte_level.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_tokens([AddedToken("<|assistant|>", rstrip=True), AddedToken("<|end|>", lstrip=True)], True)
+    template = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    rendered = Renderer(tokenizer, template, "ref", include_end_of_turn=include)((user("one"), assistant(content)), "")
+    tokens = tokenizer.convert_ids_to_tokens(list(rendered.input_ids))
+    counted = [token for token, counts in zip(tokens, rendered.counted, strict=True) if counts]
+    assert "<|assistant|>" not in counted
+    assert counted.count("<|end|>") == content.count("<|end|>") + include
+    assert not content.strip() or counted_text(tokenizer, rendered).startswith(content.strip()[:2])
+
+
+def test_templates_that_print_the_date_print_a_fixed_one(byte_level: Any) -> None:
+    """A score must not depend on the day it was made."""
+    template = "{{ strftime_now('%d %b %Y') }}\n" + tiny.CHATML
+    rendered = Renderer(byte_level, template, "ref")((user("one"), assistant("two")), WHERE)
+    assert rendered.text.startswith("26 Jul 2024\n")
+    assert datetime.date(2024, 7, 26) == FIXED_DATE
+    assert counted_text(byte_level, rendered) == "two"
+
+
+def test_the_first_token_never_counts(byte_level: Any) -> None:
+    """Nothing predicts it."""
+    renderer = Renderer(byte_level, "{% for m in messages %}{{ m.content }}{% endfor %}", "ref")
+    rendered = renderer((assistant("alpha beta"),), WHERE)
+    assert rendered.counted == (False, *[True] * (len(rendered.input_ids) - 1))
+    with pytest.raises(RowError, match="row 3 .*'ref': the response has no token"):
+        renderer((assistant("a"),), WHERE)
+
+
+def test_a_tokenizer_that_drops_the_response_is_an_error() -> None:
+    """Words that it does not know vanish, having no unknown token."""
+    words = Tokenizer(models.BPE({"o": 0, "n": 1, "e": 2}, []))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    renderer = Renderer(tokenizer, "{% for m in messages %}{{ m.content }} {% endfor %}", "ref")
+    with pytest.raises(RowError, match="row 3 .*'ref': the response has no token"):
+        renderer((user("one"), assistant("1 2")), WHERE)
+
+
+def test_a_slow_tokenizer_is_refused() -> None:
+    with pytest.raises(ValueError, match="reference 'ref': ByT5Tokenizer gives no character offsets.*fast tokenizer"):
+        Renderer(ByT5Tokenizer(), tiny.CHATML, "ref")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mistral-v3"])
+@pytest.mark.parametrize("include", [True, False])
+def test_real_tokenizers_on_real_rows(shared_data: Path, name: str, include: bool) -> None:
+    """The counted tokens say the answer, the whole answer, and nothing but the answer."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / name)
+    with gzip.open(shared_data / "alpaca" / "alpaca.jsonl.gz", "rt", encoding="utf-8") as lines:
+        rows = [row for row, _ in zip(map(json.loads, lines), range(400), strict=False)]
+    renderer = Renderer(tokenizer, tokenizer.chat_template, name, include_end_of_turn=include)
+    seen = 0
+    for row in rows:
+        if not row["output"].strip():
+            continue
+        rendered = renderer((user(f"{row['instruction']}\n{row['input']}"), assistant(row["output"])), WHERE)
+        end = tokenizer.eos_token if include else ""
+        assert counted_text(tokenizer, rendered).strip() == (row["output"] + end).strip()
+        seen += 1
+    assert seen > 300

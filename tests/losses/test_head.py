@@ -1,0 +1,269 @@
+"""The forward that stops at the response tokens, on every family of logit transforms that we know."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import oracles
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from poft_plugin.losses import LogitTransform, install_response_forward, language_model
+from poft_plugin.losses.head import check_head
+
+VOCABULARY = 53
+IDS = torch.tensor([[3, 9, 4, 1, 5, 51, 2, 6, 5], [2, 7, 1, 8, 2, 8, 1, 8, 2]])
+CPU = torch.device("cpu")
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 32,
+    "initializer_range": 0.5,
+    "attn_implementation": "eager",
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+
+
+class TripledLlama(LlamaForCausalLM):
+    """Does something to its logits that no config key tells."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Three times the logits."""
+        output = super().forward(*args, **kwargs)
+        output.logits = 3 * output.logits
+        return output
+
+
+class BiasedLlama(LlamaForCausalLM):
+    """A head with a bias, as Phi's."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=True)
+
+
+FAMILIES: dict[str, tuple[Callable[[], Any], LogitTransform]] = {
+    "llama": (lambda: LlamaForCausalLM(LlamaConfig(**SIZES)), LogitTransform()),
+    "llama-tied": (lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)), LogitTransform()),
+    "bias": (lambda: BiasedLlama(LlamaConfig(**SIZES)), LogitTransform()),
+    "gemma2": (
+        lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=2.0)),
+        LogitTransform(soft_cap=2.0),
+    ),
+    "cohere": (lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.25)), LogitTransform(scale=0.25)),
+    "granite": (lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=8.0)), LogitTransform(scale=1 / 8)),
+}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> Iterator[tuple[Any, LogitTransform]]:
+    """A tiny model of each family in float64, and its transform."""
+    make, transform = FAMILIES[request.param]
+    yield seeded(make), transform
+
+
+def seeded(make: Callable[[], Any]) -> Any:
+    """A model in float64 whose logits are far from 0."""
+    torch.manual_seed(0)
+    model = make().double().eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.normal_()
+    return model
+
+
+def llama() -> Any:
+    """The plain one."""
+    return seeded(FAMILIES["llama"][0])
+
+
+def with_lora(**settings: Any) -> Any:
+    """A PEFT model whose adapter does something."""
+    model = get_peft_model(llama(), LoraConfig(r=2, init_lora_weights=False, **settings), autocast_adapter_dtype=False)
+    return model.eval()
+
+
+def all_but_first(model: Any, ids: Tensor = IDS, **settings: Any) -> Tensor:
+    """Token log-probabilities `(R, L - 1)` by the response forward."""
+    rows, length = ids.shape
+    positions = torch.arange(rows * length).view(rows, length)[:, :-1].flatten()
+    logps: Tensor = model(
+        input_ids=ids, response_positions=positions, response_targets=ids[:, 1:].flatten(), use_cache=False, **settings
+    )
+    return logps.view(rows, length - 1)
+
+
+def by_own_logits(model: Any, ids: Tensor = IDS, **settings: Any) -> Tensor:
+    """The same from the logits that the model itself gives."""
+    logits = model(input_ids=ids, use_cache=False, **settings).logits
+    return torch.stack([oracles.model_token_logps(row, tokens) for row, tokens in zip(logits, ids, strict=True)])
+
+
+def test_finds_the_parts(family: tuple[Any, LogitTransform]) -> None:
+    model, transform = family
+    parts = language_model(model)
+    assert parts.decoder is model.model
+    assert parts.head is model.lm_head
+    assert parts.transform == transform
+
+
+def test_equals_the_models_own_logits(family: tuple[Any, LogitTransform]) -> None:
+    """Values, and gradients of every parameter."""
+    model, _ = family
+    expected = by_own_logits(model)
+    weights = torch.linspace(-1, 1, expected.numel(), dtype=torch.float64).view_as(expected)
+    gradients = torch.autograd.grad((expected * weights).sum(), list(model.parameters()))
+    install_response_forward(model)
+    logps = all_but_first(model)
+    torch.testing.assert_close(logps, expected, rtol=1e-10, atol=1e-10)
+    ours = torch.autograd.grad((logps * weights).sum(), list(model.parameters()))
+    torch.testing.assert_close(ours, gradients, rtol=1e-9, atol=1e-10)
+    check_head(model, language_model(model).transform, VOCABULARY, CPU)
+
+
+def test_answers_at_the_asked_positions_only(family: tuple[Any, LogitTransform]) -> None:
+    model, _ = family
+    expected = by_own_logits(model)
+    install_response_forward(model)
+    length = IDS.shape[1]
+    positions = torch.tensor([length + 6, 2, length + 1])
+    logps = model(input_ids=IDS, response_positions=positions, response_targets=IDS.flatten()[positions + 1])
+    torch.testing.assert_close(logps, torch.stack([expected[1, 6], expected[0, 2], expected[1, 1]]))
+
+
+def test_ordinary_forward_and_generate_stay_as_they_were(family: tuple[Any, LogitTransform]) -> None:
+    model, _ = family
+    question, settings = IDS[:, :4], {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 2}
+    mask = torch.ones_like(question)
+
+    def answers() -> list[Tensor]:
+        output = model(input_ids=IDS, labels=IDS)
+        return [output.logits, output.loss, model.generate(question, attention_mask=mask, **settings)]
+
+    before = answers()
+    install_response_forward(model)
+    all_but_first(model)
+    for now, then in zip(answers(), before, strict=True):
+        torch.testing.assert_close(now, then, rtol=0, atol=0)
+
+
+def test_the_decoder_gets_the_mask_and_the_positions() -> None:
+    """Left padding with position ids changes nothing for the tokens."""
+    model = seeded(lambda: LlamaForCausalLM(LlamaConfig(**SIZES | {"attn_implementation": "sdpa"})))
+    expected = by_own_logits(model)[:1]
+    install_response_forward(model)
+    padded = torch.cat([torch.full((1, 3), 2), IDS[:1]], dim=1)
+    mask = torch.tensor([[0] * 3 + [1] * IDS.shape[1]])
+    logps = all_but_first(model, padded, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+    torch.testing.assert_close(logps[:, 3:], expected)
+
+
+def test_no_response_tokens_still_run_the_head_once() -> None:
+    """A rank without response tokens calls what the others call, with zero gradients (ZeRO-3 gathers in step)."""
+    model, calls = llama(), []
+    install_response_forward(model)
+    model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    none = torch.zeros(0, dtype=torch.long)
+    logps = model(input_ids=IDS, response_positions=none, response_targets=none)
+    logps.sum().backward()
+    assert logps.shape == (0,) and calls == [1]
+    assert all(p.grad is not None and (p.grad == 0).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"target_modules": ["q_proj", "v_proj"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}],
+    ids=["lora", "saved-head"],
+)
+def test_works_below_peft(settings: dict[str, Any]) -> None:
+    model = with_lora(**settings)
+    if "modules_to_save" in settings:
+        saved = model.get_base_model().lm_head.modules_to_save["default"]
+        torch.nn.init.normal_(saved.weight)  # a head that training has moved
+        assert language_model(model).head is saved
+    expected, trained = by_own_logits(model), [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(expected.sum(), trained)
+    install_response_forward(model)
+    logps = all_but_first(model)
+    torch.testing.assert_close(logps, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(torch.autograd.grad(logps.sum(), trained), gradients, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(by_own_logits(model), expected, rtol=0, atol=0)
+    check_head(model, LogitTransform(), VOCABULARY, CPU)
+
+
+def test_works_below_a_wrapper_such_as_ddp() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.module(*args, **kwargs)
+
+    wrapped = Wrapper(with_lora(target_modules=["q_proj"]))
+    expected = by_own_logits(wrapped)
+    install_response_forward(wrapped)
+    torch.testing.assert_close(all_but_first(wrapped), expected)
+
+
+def test_a_head_wrapped_by_lora_is_refused() -> None:
+    model = with_lora(target_modules=["q_proj", "lm_head"])
+    with pytest.raises(ValueError, match="LlamaForCausalLM: .*take `lm_head` out of `lora_target_modules`"):
+        install_response_forward(model)
+
+
+def test_check_refuses_an_unknown_transform() -> None:
+    model = seeded(lambda: TripledLlama(LlamaConfig(**SIZES)))
+    parts = install_response_forward(model)
+    with pytest.raises(ValueError, match="TripledLlama: .* its own logits by .* nats; .*cannot be used"):
+        check_head(model, parts.transform, VOCABULARY, CPU)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "cohere", "granite"])
+def test_check_refuses_a_forgotten_transform(name: str) -> None:
+    model = seeded(FAMILIES[name][0])
+    parts = install_response_forward(model)
+    object.__setattr__(parts, "transform", LogitTransform())
+    with pytest.raises(ValueError, match="cannot be used"):
+        check_head(model, parts.transform, VOCABULARY, CPU)
+
+
+def test_check_refuses_log_probabilities_that_are_not_numbers() -> None:
+    model = llama()
+    parts = install_response_forward(model)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="by nan nats"):
+        check_head(model, parts.transform, VOCABULARY, CPU)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_check_accepts_rounding_in_bfloat16(name: str) -> None:
+    """Gemma 2 rounds its soft-capped logits to bfloat16; ours stay in float32."""
+    model = seeded(FAMILIES[name][0]).bfloat16()
+    parts = install_response_forward(model)
+    check_head(model, parts.transform, VOCABULARY, CPU)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_check_leaves_the_mode_as_it_was(training: bool) -> None:
+    model = llama().train(training)
+    parts = install_response_forward(model)
+    check_head(model, parts.transform, VOCABULARY, CPU)
+    assert model.training is training
