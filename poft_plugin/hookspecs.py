@@ -1,5 +1,7 @@
-"""The whole extension surface. A package implements any of these hooks and names its module under the entry-point
-group `poft_plugin`; our own methods come in by the same door (see `poft_plugin.methods`).
+"""The whole extension surface.
+
+A package implements any of these hooks and names its module under the entry-point group `poft_plugin`; our own methods
+come in by the same door (see `poft_plugin.methods`).
 """
 
 from collections.abc import Callable

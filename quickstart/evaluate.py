@@ -34,7 +34,8 @@ def answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: l
 
 def exact_match(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> float:
     """Share of rows answered exactly right."""
-    return sum(text == solve(row.prompt) for text, row in zip(answers(model, tokenizer, rows), rows)) / len(rows)
+    found = answers(model, tokenizer, rows)
+    return sum(text == solve(row.prompt) for text, row in zip(found, rows, strict=True)) / len(rows)
 
 
 @torch.inference_mode()

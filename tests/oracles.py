@@ -50,8 +50,11 @@ def transform(scale: float = 1.0, soft_cap: float | None = None) -> Logits:
     return apply
 
 
+IDENTITY = transform()
+
+
 def token_logps(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, after: Logits = transform()
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, after: Logits = IDENTITY
 ) -> Tensor:
     """One token after the other in float64: `z - log(sum_v exp(z_v))` of the target's logit `z`. Differentiable."""
     hidden, weight = hidden.double(), weight.double()
@@ -63,7 +66,7 @@ def token_logps(
 
 
 def plain_token_logps(
-    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, after: Logits = transform()
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, after: Logits = IDENTITY
 ) -> Tensor:
     """What transformers computes in the same precision: all logits at once, cast to float32, cross-entropy."""
     logits = linear(hidden, weight, bias)

@@ -39,7 +39,7 @@ class MethodCollator:
         `group_ids (S,)` (the sample of each sequence) and each column as `(S,)` float64.
 
     Raises:
-        ValueError: where a row lacks a column, naming it.
+        ValueError: where a row lacks a column, or its numbers are not as many as its sequences, naming the column.
     """
 
     tokens: TokenCollator
@@ -49,7 +49,7 @@ class MethodCollator:
     def __call__(self, features: Sequence[Row] | Sequence[Sequence[Row]]) -> dict[str, Any]:
         """Features come as a list of rows, or, packed, as a list of packs of rows."""
         packed = bool(features) and not isinstance(features[0], Mapping)
-        packs: list[list[Row]] = [list(pack) for pack in features] if packed else [[row] for row in features]  # type: ignore[arg-type]
+        packs = [[item] if isinstance(item, Mapping) else list(item) for item in features]
         columns = self._columns([row for pack in packs for row in pack])
         tokens = [[{k: v for k, v in row.items() if k in TOKEN_COLUMNS} for row in pack] for pack in packs]
         batch = dict(self.tokens(tokens if packed else [row for pack in tokens for row in pack]))
@@ -65,8 +65,14 @@ class MethodCollator:
                     f"a batch without the column {name!r}: this dataset did not come through the plugin's own "
                     "preparation (`axolotl preprocess` / `axolotl train`)"
                 )
-            values = [value for row in rows for value in _as_list(row[name])]
-            batch[name] = torch.tensor(values, dtype=torch.float64)
+            values = [_as_list(row[name]) for row in rows]
+            for row_values, length in zip(values, lengths, strict=True):
+                if len(row_values) != length:
+                    raise ValueError(
+                        f"the column {name!r} has {len(row_values)} number(s) in a row of {length} sequence(s); "
+                        "one per sequence"
+                    )
+            batch[name] = torch.tensor([value for part in values for value in part], dtype=torch.float64)
         return batch
 
 
@@ -88,4 +94,6 @@ def _lengths(row: Row) -> list[int]:
 
 
 def _as_list(value: Any) -> list[float]:
-    return list(value) if isinstance(value, (list, tuple, Tensor)) and getattr(value, "ndim", 1) else [value]  # type: ignore[list-item]
+    if isinstance(value, Tensor):
+        return value.reshape(-1).tolist()
+    return list(value) if isinstance(value, (list, tuple)) else [value]

@@ -30,7 +30,12 @@ def keep_top_percent(rows: Rows, *, percent: float, within: str = "none", column
 
     Returns:
         `(len(rows),)` booleans.
+
+    Raises:
+        ValueError: if `percent` is not above 0 and at most 100.
     """
+    if not 0 < percent <= 100:
+        raise ValueError(f"keep_top_percent: percent: {percent}; above 0 and at most 100")
     scores = rows.attached[column]
     keys = np.asarray(rows.keys.to_pylist())
     order = np.lexsort((keys, -scores))

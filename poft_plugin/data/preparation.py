@@ -19,11 +19,11 @@ Purpose = Literal["preprocess", "train", "evaluate", "score"]
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows with their content, as an Arrow table with the columns `row_key`, `conversation`, `source`,
-    `row_number`, maybe `group`.
+    """Rows with their content.
 
     Args:
-        table: one line per row, in dataset order (a row may occur twice).
+        table: `row_key`, `conversation`, `source`, `row_number` and maybe `group`, one line per row, in dataset order
+            (a row may occur twice).
         attached: per-row columns that preprocessors made, aligned with `table`.
     """
 
@@ -119,6 +119,6 @@ class Preprocessor(Protocol):
 class RowFilter(Protocol):
     """Decides which *training* rows stay. Evaluation rows are never filtered."""
 
-    def __call__(self, rows: Rows, **settings: Any) -> np.ndarray:
+    def __call__(self, rows: Rows, *_: Any, **settings: Any) -> np.ndarray:
         """A boolean `(len(rows),)`: True where the row stays."""
         ...

@@ -154,18 +154,23 @@ class Renderer:
 
     def _end_of_turn(self, text: str, end: int, where: str) -> int:
         """Character position after the special token that ends the turn (white space before it is part of it)."""
-        special = sorted(special_tokens(self.tokenizer), key=len, reverse=True)
-        match = re.match(r"\s*(?:" + "|".join(map(re.escape, special)) + ")", text[end:]) if special else None
+        match = self._special.match(text, end) if self._special else None
         if match is None:
             raise RowError(
                 f"{where}: reference {self.name!r}: `include_end_of_turn: true`, but its template writes no special "
-                f"token after the response (found {text[end : end + 20]!r}). Set it to false or change the template"
+                f"token after the response (found {text[end:end + 20]!r}). Set it to false or change the template"
             )
-        return end + match.end()
+        return match.end()
+
+    @cached_property
+    def _special(self) -> re.Pattern[str] | None:
+        """White space and a special token, the longest that fits; made once, since tokenizers have hundreds."""
+        special = sorted(special_tokens(self.tokenizer), key=len, reverse=True)
+        return re.compile(r"\s*(?:" + "|".join(map(re.escape, special)) + ")") if special else None
 
 
 def apply_system_turns(conversation: Conversation, mode: SystemTurns) -> Conversation:
-    """Keeps, merges or drops system turns.
+    r"""Keeps, merges or drops system turns.
 
     Args:
         conversation: the row.
@@ -174,7 +179,7 @@ def apply_system_turns(conversation: Conversation, mode: SystemTurns) -> Convers
     Examples:
         >>> turns = (Turn("system", "Be kind."), Turn("user", "hi"))
         >>> apply_system_turns(turns, "merge")[0].content
-        'Be kind.\\n\\nhi'
+        'Be kind.\n\nhi'
     """
     system = [turn.content for turn in conversation if turn.role == "system"]
     if mode == "keep" or not system:

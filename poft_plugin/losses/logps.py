@@ -99,7 +99,9 @@ def token_logps(
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens: {chunk_tokens}; at least 1")
     dtype = _compute_dtype(hidden)
-    logps: Tensor = _TokenLogps.apply(hidden, weight, bias, targets, transform, chunk_tokens, dtype)
+    logps: Tensor = _TokenLogps.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, targets, transform, chunk_tokens, dtype
+    )
     return logps
 
 

@@ -77,7 +77,14 @@ def test_single_turn_by_hand(byte_level: Any) -> None:
 
 
 def test_only_counted_turns_count(byte_level: Any) -> None:
-    turns = (user("one"), assistant("two", counted=False), user("three"), assistant("four"), user("six"), assistant("."))
+    turns = (
+        user("one"),
+        assistant("two", counted=False),
+        user("three"),
+        assistant("four"),
+        user("six"),
+        assistant("."),
+    )
     rendered = Renderer(byte_level, tiny.CHATML, "ref")(turns, WHERE)
     assert counted_text(byte_level, rendered) == "four."
     assert list(rendered.counted) == by_bytes(byte_level, rendered, chatml(turns)[1])
@@ -90,7 +97,7 @@ def test_an_answer_that_occurs_elsewhere_too_is_found_at_its_own_place(byte_leve
     assert list(rendered.counted) == by_bytes(byte_level, rendered, chatml(turns)[1])
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 @given(turns=st.lists(st.tuples(CONTENT, CONTENT, st.booleans()), min_size=1, max_size=3))
 def test_byte_level_tokens_count_where_they_hold_a_byte_of_a_response(
     byte_level: Any, turns: list[tuple[str, str, bool]]
@@ -231,7 +238,7 @@ def test_the_first_token_never_counts(byte_level: Any) -> None:
     renderer = Renderer(byte_level, "{% for m in messages %}{{ m.content }}{% endfor %}", "ref")
     rendered = renderer((assistant("alpha beta"),), WHERE)
     assert rendered.counted == (False, *[True] * (len(rendered.input_ids) - 1))
-    with pytest.raises(RowError, match="row 3 .*'ref': the response has no token"):
+    with pytest.raises(RowError, match=r"row 3 .*'ref': the response has no token"):
         renderer((assistant("a"),), WHERE)
 
 
@@ -241,12 +248,12 @@ def test_a_tokenizer_that_drops_the_response_is_an_error() -> None:
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
     renderer = Renderer(tokenizer, "{% for m in messages %}{{ m.content }} {% endfor %}", "ref")
-    with pytest.raises(RowError, match="row 3 .*'ref': the response has no token"):
+    with pytest.raises(RowError, match=r"row 3 .*'ref': the response has no token"):
         renderer((user("one"), assistant("1 2")), WHERE)
 
 
 def test_a_slow_tokenizer_is_refused() -> None:
-    with pytest.raises(ValueError, match="reference 'ref': ByT5Tokenizer gives no character offsets.*fast tokenizer"):
+    with pytest.raises(ValueError, match=r"reference 'ref': ByT5Tokenizer gives no character offsets.*fast tokenizer"):
         Renderer(ByT5Tokenizer(), tiny.CHATML, "ref")
 
 
@@ -256,7 +263,7 @@ def test_real_tokenizers_on_real_rows(shared_data: Path, name: str, include: boo
     """The counted tokens say the answer, the whole answer, and nothing but the answer."""
     tokenizer: Any = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / name)
     with gzip.open(shared_data / "alpaca" / "alpaca.jsonl.gz", "rt", encoding="utf-8") as lines:
-        rows = [row for row, _ in zip(map(json.loads, lines), range(400), strict=False)]
+        rows = [row for row, _ in zip(map(json.loads, lines), range(200), strict=False)]
     renderer = Renderer(tokenizer, tokenizer.chat_template, name, include_end_of_turn=include)
     seen = 0
     for row in rows:
@@ -266,4 +273,4 @@ def test_real_tokenizers_on_real_rows(shared_data: Path, name: str, include: boo
         end = tokenizer.eos_token if include else ""
         assert counted_text(tokenizer, rendered).strip() == (row["output"] + end).strip()
         seen += 1
-    assert seen > 300
+    assert seen > 150

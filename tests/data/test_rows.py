@@ -93,7 +93,8 @@ def test_a_conversation_without_a_response_is_refused(turns: tuple[Turn, ...], m
 
 def test_errors_survive_a_worker_process() -> None:
     error = pickle.loads(pickle.dumps(RowError("data.jsonl row 3: wrong")))
-    assert isinstance(error, RowError) and isinstance(error, ValueError)
+    assert isinstance(error, RowError)
+    assert isinstance(error, ValueError)
     assert str(error) == "data.jsonl row 3: wrong"
 
 

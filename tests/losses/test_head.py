@@ -1,6 +1,6 @@
 """The forward that stops at the response tokens, on every family of logit transforms that we know."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import oracles
@@ -73,10 +73,10 @@ FAMILIES: dict[str, tuple[Callable[[], Any], LogitTransform]] = {
 
 
 @pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> Iterator[tuple[Any, LogitTransform]]:
+def family(request: pytest.FixtureRequest) -> tuple[Any, LogitTransform]:
     """A tiny model of each family in float64, and its transform."""
     make, transform = FAMILIES[request.param]
-    yield seeded(make), transform
+    return seeded(make), transform
 
 
 def seeded(make: Callable[[], Any]) -> Any:
@@ -182,7 +182,8 @@ def test_no_response_tokens_still_run_the_head_once() -> None:
     none = torch.zeros(0, dtype=torch.long)
     logps = model(input_ids=IDS, response_positions=none, response_targets=none)
     logps.sum().backward()
-    assert logps.shape == (0,) and calls == [1]
+    assert logps.shape == (0,)
+    assert calls == [1]
     assert all(p.grad is not None and (p.grad == 0).all() for p in model.parameters())
 
 
@@ -224,14 +225,14 @@ def test_works_below_a_wrapper_such_as_ddp() -> None:
 
 def test_a_head_wrapped_by_lora_is_refused() -> None:
     model = with_lora(target_modules=["q_proj", "lm_head"])
-    with pytest.raises(ValueError, match="LlamaForCausalLM: .*take `lm_head` out of `lora_target_modules`"):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM: .*take `lm_head` out of `lora_target_modules`"):
         install_response_forward(model)
 
 
 def test_check_refuses_an_unknown_transform() -> None:
     model = seeded(lambda: TripledLlama(LlamaConfig(**SIZES)))
     parts = install_response_forward(model)
-    with pytest.raises(ValueError, match="TripledLlama: .* its own logits by .* nats; .*cannot be used"):
+    with pytest.raises(ValueError, match=r"TripledLlama: .* its own logits by .* nats; .*cannot be used"):
         check_head(model, parts.transform, VOCABULARY, CPU)
 
 

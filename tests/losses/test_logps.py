@@ -48,7 +48,10 @@ def values_and_gradients(function: Function, inputs: dict[str, Any], **settings:
 
 
 def assert_no_worse_than_plain(
-    function: Function, inputs: dict[str, Any], after: oracles.Logits = oracles.transform(), plain: Function | None = None
+    function: Function,
+    inputs: dict[str, Any],
+    after: oracles.Logits = oracles.IDENTITY,
+    plain: Function | None = None,
 ) -> None:
     """The error budget: the plain form's error in the same precision, against float64 on the same inputs.
 

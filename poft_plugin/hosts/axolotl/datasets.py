@@ -20,7 +20,7 @@ from poft_plugin.hosts.axolotl.entries import SUPPORTED_TYPES
 from poft_plugin.hosts.axolotl.run import MethodRun
 from poft_plugin.plugins import registry
 
-LOG = get_logger(__name__)
+LOG = get_logger("axolotl.poft_plugin")  # the host shows messages of its own namespace only
 
 TEXT_COLUMNS = (CONVERSATION, SOURCE, ROW_NUMBER, GROUP)
 """What rows carry until their scores are joined."""

@@ -17,7 +17,7 @@ from poft_plugin.data.preparation import RunContext
 from poft_plugin.hosts.axolotl.compat import TESTED_VERSIONS, prepare_cpu_ranks
 from poft_plugin.hosts.axolotl.run import MethodRun, take_over
 
-LOG = get_logger(__name__)
+LOG = get_logger("axolotl.poft_plugin")  # the host shows messages of its own namespace only
 
 if axolotl.__version__ not in TESTED_VERSIONS:
     LOG.warning(

@@ -25,7 +25,7 @@ from poft_plugin.losses.head import check_head
 from poft_plugin.trainers.metrics import MetricSums, merged
 from poft_plugin.trainers.step import Metric, SequenceBatch, StepOutput
 
-LOG = get_logger(__name__)
+LOG = get_logger("axolotl.poft_plugin")  # the host shows messages of its own namespace only
 
 PERPLEXITIES = ("ppl", "eval_ppl")
 """The host logs exp(loss): no perplexity, where the loss is no cross entropy."""
@@ -149,14 +149,19 @@ class MethodTrainer(AxolotlTrainer, SampleMeanTrainer):
         self.model_accepts_loss_kwargs = True
 
     def _get_dataloader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
-        """Evaluation never drops its last rows, whatever `dataloader_drop_last` says for training."""
-        drop_last = self.args.dataloader_drop_last
-        if not is_training:
-            self.args.dataloader_drop_last = False
+        """Evaluation never drops its last rows, and every rank gets as many batches as the others.
+
+        The host turns `even_batches` off for good when it builds a packed training loader; the ranks would then run
+        the evaluation loop different numbers of times. Rows that are repeated to even them out count once.
+        """
+        if is_training:
+            return super()._get_dataloader(dataset, *args, is_training=True, **kwargs)
+        drop_last, even = self.args.dataloader_drop_last, self.accelerator.even_batches
+        self.args.dataloader_drop_last, self.accelerator.even_batches = False, True
         try:
-            return super()._get_dataloader(dataset, *args, is_training=is_training, **kwargs)
+            return super()._get_dataloader(dataset, *args, is_training=False, **kwargs)
         finally:
-            self.args.dataloader_drop_last = drop_last
+            self.args.dataloader_drop_last, self.accelerator.even_batches = drop_last, even
 
     def _create_multipack_sampler(self, *args: Any, **kwargs: Any) -> Any:
         """Keeps the last packs of an epoch where they do not fill a batch; the host would drop them.

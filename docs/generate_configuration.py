@@ -1,0 +1,150 @@
+"""Writes `docs/configuration.md`, and the tables of keys in the README, from the pydantic models.
+
+    python docs/generate_configuration.py
+
+A test fails where either is stale.
+"""
+
+import inspect
+import re
+import types
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from poft_plugin.config import ReferenceConfig, RowFilterConfig
+from poft_plugin.hosts.axolotl.args import PoftPluginArgs
+from poft_plugin.methods import METHODS
+from poft_plugin.plugins import load_object, registry
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "configuration.md"
+README = ROOT / "README.md"
+
+BLOCKS: dict[str, type[BaseModel]] = {method.block: load_object(method.config) for method in METHODS}
+NESTED: dict[str, type[BaseModel]] = {"poft.references[]": ReferenceConfig, "row_filters[]": RowFilterConfig}
+BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+
+INTRODUCTION = """# Configuration
+
+Made from the pydantic models by `python docs/generate_configuration.py`; change a description there, not here.
+
+Inside a block, a key that is not listed is an error that names the key and what is allowed. Only an entry of
+`row_filters:` takes further keys: they are the filter's own settings.
+"""
+
+
+def top_level() -> dict[str, FieldInfo]:
+    """Our keys at the top level of a config that are not the block of a method."""
+    return {name: field for name, field in PoftPluginArgs.model_fields.items() if name not in BLOCKS}
+
+
+def table(fields: dict[str, FieldInfo], *, with_types: bool) -> str:
+    """A Markdown table of fields: key, (type,) default, meaning."""
+    heading = ["Key", "Type", "Default", "Meaning"] if with_types else ["Key", "Default", "Meaning"]
+    lines = [heading, ["---"] * len(heading)]
+    for name, field in fields.items():
+        kind = [type_of(field)] if with_types else []
+        lines.append([f"`{name}`", *kind, default_of(field), _text(field.description or "")])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def type_of(field: FieldInfo) -> str:
+    """The type in words, with its bounds."""
+    bounds = [f"{sign} {value}" for name, sign in BOUNDS.items() for value in _bound(field, name)]
+    return ", ".join([_words(field.annotation), *bounds])
+
+
+def default_of(field: FieldInfo) -> str:
+    """The default as YAML, or `required`."""
+    if field.is_required():
+        return "required"
+    return _yaml(field.default)
+
+
+def page() -> str:
+    """All of `docs/configuration.md`."""
+    parts = [INTRODUCTION, "## Top level", table(top_level(), with_types=True)]
+    for block, model in (BLOCKS | NESTED).items():
+        title = f"## `{block}:`" if block in BLOCKS else f"## An entry of `{block.removesuffix('[]')}:`"
+        parts += [title, _summary(model), table(model.model_fields, with_types=True)]
+    parts += ["## Row filters", "Registered by this package; other packages may add more.", _filters()]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def readme(text: str) -> str:
+    """The README with its tables of keys brought up to date.
+
+    Raises:
+        ValueError: if a table's place in it is missing.
+    """
+    tables = {"top level": top_level(), **{name: model.model_fields for name, model in (BLOCKS | NESTED).items()}}
+    for name, fields in tables.items():
+        begin, end = f"<!-- keys: {name} -->", "<!-- end of keys -->"
+        pattern = re.compile(re.escape(begin) + r".*?" + re.escape(end), flags=re.DOTALL)
+        replacement = f"{begin}\n\n{table(fields, with_types=False)}\n\n{end}"
+        text, count = pattern.subn(lambda _, new=replacement: new, text)  # type: ignore[misc]
+        if count != 1:
+            raise ValueError(f"{README}: {begin!r} ... {end!r} is there {count} times, not once")
+    return text
+
+
+def main() -> None:
+    """Writes both files."""
+    PAGE.write_text(page(), encoding="utf-8")
+    README.write_text(readme(README.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def _filters() -> str:
+    """A Markdown table of the registered row filters and their settings."""
+    lines = [["Filter", "Settings", "Meaning"], ["---"] * 3]
+    for name, function in sorted(registry().row_filters.items()):
+        settings = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        shown = [f"`{p.name}`{'' if p.default is p.empty else f' ({_yaml(p.default)})'}" for p in settings]
+        lines.append([f"`{name}`", ", ".join(shown), _summary(function)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _words(annotation: Any) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation is type(None):
+        return "null"
+    if origin is Literal:
+        return _joined(f"`{value}`" for value in arguments)
+    if origin in (Union, types.UnionType):
+        return _joined(word for argument in arguments for word in re.split(", | or ", _words(argument)))
+    if origin in (tuple, list):
+        return f"list of {_words(arguments[0])}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "blocks"
+    return {str: "text", int: "integer", float: "number", bool: "`true` or `false`"}[annotation]
+
+
+def _yaml(value: Any) -> str:
+    return f"`{'null' if value is None else str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def _bound(field: FieldInfo, name: str) -> list[float]:
+    return [getattr(item, name) for item in field.metadata if getattr(item, name, None) is not None]
+
+
+def _joined(words: Iterable[str]) -> str:
+    *first, last = words
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+def _summary(documented: Any) -> str:
+    """The first line of a docstring."""
+    return _text((documented.__doc__ or "").split("\n")[0])
+
+
+def _text(text: str) -> str:
+    """A description inside a table cell."""
+    return text.replace("|", "\\|").replace("<column>", "`<column>`")
+
+
+if __name__ == "__main__":
+    main()

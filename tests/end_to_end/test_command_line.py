@@ -1,0 +1,188 @@
+"""The command line, as users type it: real processes for one run of each kind, the click group for the rest."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import hosting
+import pyarrow.parquet as pq
+import pytest
+import tiny
+from axolotl.cli.main import cli
+from click.testing import CliRunner, Result
+
+THIRD_PARTY = Path(__file__).parent.parent / "third_party"
+
+
+def axolotl(folder: Path, *arguments: str, **environment: str) -> str:
+    """A process of its own; its output, or the test fails with it."""
+    script = Path(sys.executable).parent / "axolotl"
+    path = f"{script.parent}{os.pathsep}{os.environ['PATH']}"
+    ran = subprocess.run(
+        [str(script), *arguments], cwd=folder, capture_output=True, text=True, check=False, timeout=280,
+        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-4000:]
+    return ran.stdout + ran.stderr
+
+
+def poft(*arguments: str) -> Result:
+    """`axolotl poft ...` in this process."""
+    hosting.forget_plugins()
+    return CliRunner().invoke(cli, ["poft", *arguments])
+
+
+def config(folder: Path, models: SimpleNamespace, **settings: Any) -> Path:
+    if not (folder / "data.jsonl").exists():
+        tiny.write_jsonl(folder / "data.jsonl", tiny.chat_rows(12, seed=4))
+    defaults: dict[str, Any] = {
+        "base_model": str(models.policy),
+        "datasets": [{"path": "./data.jsonl", "ds_type": "json", "type": "chat_template", "field_messages": "messages"}],
+        "plugins": ["poft_plugin.PoftPlugin"],
+        "rl": "poft",
+        "poft": {"references": [{"model": str(models.ref_a)}, {"model": str(models.ref_b)}],
+                 "score_cache": str(folder / "scores")},
+        "output_dir": "./out",
+        "dataset_prepared_path": "./prepared",
+    }  # fmt: skip
+    return tiny.write_config(folder / "config.yml", **{**defaults, **settings})
+
+
+@pytest.fixture
+def preprocessing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Undoes what the commands write into the environment."""
+    monkeypatch.setenv("AXOLOTL_IS_PREPROCESS", "1")
+
+
+def test_two_processes_score_and_train(models: SimpleNamespace, tmp_path: Path) -> None:
+    """`axolotl train` with torchrun: each of two ranks scores its share, then both train, packed, with evaluation."""
+    config(tmp_path, models, sample_packing=True, sequence_len=128, num_epochs=2, val_set_size=3, eval_steps=2,
+           save_strategy="steps", save_steps=2)  # fmt: skip
+    output = axolotl(tmp_path, "train", "config.yml", "--launcher", "torchrun", "--", "--nproc_per_node=2")
+    assert "12 to score" in output
+    assert re.search(r"'loss': '[\d.]+'.*'poft/coefficient'", output)
+    assert "ppl" not in output
+    state = json.loads(max(tmp_path.glob("out/checkpoint-*/trainer_state.json")).read_text())
+    assert any("eval_poft/coefficient" in entry for entry in state["log_history"])
+    # what is left behind names the method: the model card holds the config as it was written
+    assert "rl: poft" in (tmp_path / "out" / "README.md").read_text()
+    files = list(tmp_path.glob("scores/*/scores-*.parquet"))
+    assert sum(pq.read_metadata(file).num_rows for file in files) == 2 * 12
+
+
+def test_preprocess_then_nothing_is_left_to_score(models: SimpleNamespace, tmp_path: Path) -> None:
+    config(tmp_path, models)
+    assert "12 to score" in axolotl(tmp_path, "preprocess", "config.yml")
+    again = axolotl(tmp_path, "preprocess", "config.yml")
+    assert again.count("12 rows cached, 0 to score") == 2
+
+
+def test_third_party_method(models: SimpleNamespace, tmp_path: Path) -> None:
+    """A package that is installed brings `rl: toy`, its loss, its preprocessor and its filter."""
+    site = tmp_path / "site"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", str(site),
+         str(THIRD_PARTY)], check=True,
+    )  # fmt: skip
+    config(tmp_path, models, rl="toy", poft=None, toy={"strength": 3.0}, num_epochs=2,
+           row_filters=[{"name": "short_rows", "max_words": 8}])  # fmt: skip
+    output = axolotl(tmp_path, "train", "config.yml", "--launcher", "python", PYTHONPATH=str(site), AXOLOTL_LOG_LEVEL="INFO")
+    assert "'toy/bonus'" in output
+    kept = sum(len(row["messages"][1]["content"].split()) <= 8 for row in tiny.chat_rows(12, seed=4))
+    assert 0 < kept < 12
+    assert f"{12 - kept} of 12 rows left out by the filter short_rows" in output
+
+
+@pytest.mark.usefixtures("preprocessing")
+def test_plan_score_export_import(
+    models: SimpleNamespace, in_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(config(in_folder, models))
+    plan = poft("plan", path, "--probe", "2")
+    assert plan.exit_code == 0, plan.output
+    assert re.search(r"ref_a .*12.*0 .*12 ", plan.output)
+    assert "rows/s" in plan.output
+    assert not list(in_folder.glob("scores/*/scores-*"))
+    score = poft("score", path)
+    assert score.exit_code == 0, score.output
+    assert "rank correlation of ref_a and ref_b" in score.output
+    exported = poft("export", path, "--out", "all.parquet")
+    assert "24 lines" in exported.output
+    table = pq.read_table("all.parquet")
+    assert table.column_names == ["row_key", "model", "reward", "num_tokens"]
+    assert set(table["model"].to_pylist()) == {str(models.ref_a), str(models.ref_b)}
+
+    elsewhere = in_folder / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    other = str(config(elsewhere, models))
+    imported = poft("import", other, str(in_folder / "all.parquet"))
+    assert imported.exit_code == 0, imported.output
+    again = poft("score", other)
+    assert again.output.count("12 rows cached, 0 to score") == 2
+    rows = poft("export", other, "--rows", "--out", "rows.parquet")
+    assert rows.exit_code == 0
+    assert pq.read_table("rows.parquet").column_names == [*table.column_names, "conversation"]
+
+
+@pytest.mark.usefixtures("preprocessing")
+def test_shards_by_hand(models: SimpleNamespace, in_folder: Path) -> None:
+    path = str(config(in_folder, models))
+    for shard in range(3):
+        assert poft("score", path, "--num-shards", "3", "--shard", str(shard)).exit_code == 0
+    assert poft("score", path).output.count("12 rows cached, 0 to score") == 2
+    assert poft("score", path, "--num-shards", "3").exit_code == 2
+
+
+@pytest.mark.usefixtures("preprocessing")
+def test_show(models: SimpleNamespace, in_folder: Path) -> None:
+    shown = poft("score", str(config(in_folder, models)), "--show", "3")
+    assert shown.exit_code == 0, shown.output
+    assert len(re.findall(r"data.jsonl row \d+ \(key [0-9a-f]{32}\): \d+ of \d+ tokens counted", shown.output)) == 6
+    assert "[INST]" in shown.output
+
+
+@pytest.mark.usefixtures("preprocessing")
+def test_errors_are_messages(models: SimpleNamespace, in_folder: Path) -> None:
+    gone = poft("plan", str(config(in_folder, models, poft={"references": [{"model": "./gone"}]})))
+    assert gone.exit_code == 1
+    assert "Error: reference ./gone: no such folder" in gone.output
+    assert "Traceback" not in gone.output
+    sft = poft("score", str(config(in_folder, models, rl=None, poft=None)))
+    assert "not a config of ours" in sft.output
+
+
+def test_evaluate_merge_lora_and_inference_need_no_reference(
+    models: SimpleNamespace, in_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same file serves the host's other commands; evaluation reads the cache, the others not even that."""
+    from axolotl.cli import evaluate, merge_lora
+    from axolotl.cli.utils import load_model_and_tokenizer
+
+    from poft_plugin.scoring.causal_lm import CausalLMScorer
+
+    kernels = dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), False)
+    lora = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True, **kernels}
+    path = config(in_folder, models, max_steps=2, val_set_size=3, **lora)
+    hosting.train(path)
+    monkeypatch.setattr(CausalLMScorer, "load", lambda *_: pytest.fail("a reference was loaded"))
+    hosting.forget_plugins()
+    evaluate.do_cli(str(path), lora_model_dir="./out")
+    summary = (in_folder / "out" / "eval_summary.csv").read_text()
+    assert re.search(r"^loss,[\d.]+,[\d.]+$", summary, re.M)
+    assert re.search(r"^poft/coefficient,[\d.]+,[\d.]+$", summary, re.M)
+
+    tiny.write_jsonl(in_folder / "gone" / "placeholder.jsonl", [])
+    without = config(in_folder, models, poft={"references": [{"model": "./gone_reference"}]}, **lora)
+    hosting.forget_plugins()
+    merge_lora.do_cli(config=str(without), lora_model_dir="./out")
+    assert list((in_folder / "out" / "merged").glob("*.safetensors"))
+    cfg = hosting.load_config(without, base_model=str(in_folder / "out" / "merged"), adapter=None)
+    model, tokenizer, _ = load_model_and_tokenizer(cfg=cfg, inference=True)
+    ids = tokenizer("one two", return_tensors="pt")
+    assert model.generate(**ids, max_new_tokens=3, do_sample=False).shape[1] > ids["input_ids"].shape[1]
