@@ -39,7 +39,8 @@ Inside a block, a key that is not listed is an error that names the key and what
 
 def top_level() -> dict[str, FieldInfo]:
     """Our keys at the top level of a config that are not the block of a method."""
-    return {name: field for name, field in PoftPluginArgs.model_fields.items() if name not in BLOCKS}
+    blocks = {method.block for method in registry().methods.values()}
+    return {name: field for name, field in PoftPluginArgs.model_fields.items() if name not in blocks}
 
 
 def table(fields: dict[str, FieldInfo], *, with_types: bool) -> str:
@@ -101,7 +102,8 @@ def main() -> None:
 def _filters() -> str:
     """A Markdown table of the registered row filters and their settings."""
     lines = [["Filter", "Settings", "Meaning"], ["---"] * 3]
-    for name, function in sorted(registry().row_filters.items()):
+    ours = {name: f for name, f in registry().row_filters.items() if f.__module__.startswith("poft_plugin.")}
+    for name, function in sorted(ours.items()):
         settings = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
         shown = [f"`{p.name}`{'' if p.default is p.empty else f' ({_yaml(p.default)})'}" for p in settings]
         lines.append([f"`{name}`", ", ".join(shown), _summary(function)])

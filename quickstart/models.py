@@ -22,8 +22,8 @@ IGNORED = -100  # the label that transformers leaves out of the loss
 class Style:
     """A tokenizer and a chat template that belong together.
 
-    `build` trains the tokenizer on texts. `specials`: the token for padding, then the template's markers, each one token,
-    the last one ending a turn.
+    `build` trains the tokenizer on texts. `specials`: the token for padding, then the template's markers, each one
+    token, the last one ending a turn.
     """
 
     build: Callable[[list[str], list[str]], Tokenizer]

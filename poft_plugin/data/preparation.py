@@ -60,6 +60,10 @@ class Rows:
         source, number, key = (self.table[name][index].as_py() for name in (SOURCE, ROW_NUMBER, ROW_KEY))
         return f"{source} row {number} (key {key})"
 
+    def where_key(self, key: str) -> str:
+        """Names the first row of a key in messages."""
+        return self.where(int(pc.index(self.keys, key).as_py()))
+
     def unique(self) -> "Rows":
         """The first row of each key, in order; nothing attached."""
         first = pc.index_in(pc.unique(self.keys), value_set=self.keys)

@@ -158,7 +158,7 @@ class Renderer:
         if match is None:
             raise RowError(
                 f"{where}: reference {self.name!r}: `include_end_of_turn: true`, but its template writes no special "
-                f"token after the response (found {text[end:end + 20]!r}). Set it to false or change the template"
+                f"token after the response (found {text[end : end + 20]!r}). Set it to false or change the template"
             )
         return match.end()
 

@@ -137,6 +137,11 @@ class CausalLMScorer:
         return PreparedRow(key, np.asarray(rendered.input_ids[:length], dtype=np.int32), counted)
 
     @property
+    def drops_long_rows(self) -> bool:
+        """Whether rows longer than that are dropped; an error otherwise."""
+        return self.settings.on_long_row == "drop"
+
+    @property
     def devices(self) -> int:
         """Accelerators that one copy takes."""
         return self.settings.devices

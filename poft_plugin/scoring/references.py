@@ -9,13 +9,19 @@ from pydantic import BaseModel
 from poft_plugin.config import PoftConfig, ReferenceConfig
 from poft_plugin.data.columns import REFERENCE_LOGP
 from poft_plugin.data.preparation import Prepared, Rows, RunContext
-from poft_plugin.data.rows import RowError
 from poft_plugin.report.scores import print_summary, summarise
 from poft_plugin.scoring.cache import Lookup, ScoreCache, cache_folder
 from poft_plugin.scoring.causal_lm import CausalLMScorer
 from poft_plugin.scoring.checkpoints import MissingCheckpointError, resolve_checkpoint
 from poft_plugin.scoring.exchange import ImportedScores, imported_scores, read_score_file
-from poft_plugin.scoring.run import accelerator, score_missing, share_of, wait_for_others
+from poft_plugin.scoring.run import (
+    accelerator,
+    prepare_missing,
+    refuse_long_rows,
+    score_prepared,
+    share_of,
+    wait_for_others,
+)
 
 
 @dataclass(frozen=True)
@@ -61,8 +67,8 @@ def reference_rewards(rows: Rows, settings: BaseModel, run: RunContext) -> Prepa
     references = open_references(settings, cache)
     if run.rank == 0:
         check_revisions(references, cache, update=run.purpose in ("preprocess", "score"))
-    lookups = [_rewards(reference, rows, cache, settings, run) for reference in references]
-    dropped = _long_rows(references, rows, lookups)
+    lookups = _score_all(references, rows, cache, settings, run)
+    dropped = _long_rows(rows, lookups)
     kept = ~np.isin(np.asarray(rows.keys.to_pylist()), sorted(dropped)) if dropped else np.ones(len(rows), bool)
     rewards = np.stack([lookup.rewards for lookup in lookups])
     summary = summarise([reference.settings.label for reference in references], rewards[:, kept], rows.sources[kept])
@@ -122,17 +128,39 @@ def _open(reference: ReferenceConfig, settings: PoftConfig, cache: ScoreCache) -
     return Reference(reference, scorer, imported if imported and imported.identity is None else None)
 
 
-def _rewards(reference: Reference, rows: Rows, cache: ScoreCache, settings: PoftConfig, run: RunContext) -> Lookup:
-    lookup = reference.lookup(rows, cache)
-    missing = int(lookup.missing.sum())
-    label = reference.settings.label
+def _score_all(
+    references: Sequence[Reference], rows: Rows, cache: ScoreCache, settings: PoftConfig, run: RunContext
+) -> list[Lookup]:
+    """Every reference's scores. All rows are prepared for all references before the first model is loaded."""
+    unscored = [_unscored(reference, rows, cache, settings, run) for reference in references]
+    shares = [share_of(run, reference.settings.devices) for reference in references]
+    prepared = [
+        prepare_missing(reference.scorer, todo, cache, share) if reference.scorer is not None and len(todo) else []
+        for reference, todo, share in zip(references, unscored, shares, strict=True)
+    ]
+    for reference, todo, ready in zip(references, unscored, prepared, strict=True):
+        if reference.scorer is None or not len(todo):
+            continue
+        if ready:
+            device = accelerator(run, reference.scorer.devices)
+            score_prepared(reference.scorer, ready, todo, cache, device=device, batch_tokens=settings.batch_tokens)
+        wait_for_others(reference.scorer, todo, cache)
+    return [reference.lookup(rows, cache) for reference in references]
+
+
+def _unscored(reference: Reference, rows: Rows, cache: ScoreCache, settings: PoftConfig, run: RunContext) -> Rows:
+    """The rows that a reference has to score now; an error where it may not, or cannot."""
+    lookup, label = reference.lookup(rows, cache), reference.settings.label
+    missing, long = int(lookup.missing.sum()), np.flatnonzero(lookup.too_long)
     if run.rank == 0:
         print(f"reference {label}: {len(rows) - missing} rows cached, {missing} to score", flush=True)
+    if len(long):
+        lengths = {rows.keys[int(i)].as_py(): -int(lookup.num_tokens[i]) for i in long}
+        refuse_long_rows(label, rows, lengths, drop=reference.settings.on_long_row == "drop")
     if not missing:
-        return lookup
-    scorer = reference.scorer
+        return Rows(rows.table.slice(0, 0), {})
     first = rows.where(int(np.flatnonzero(lookup.missing)[0]))
-    if scorer is None:
+    if reference.scorer is None:
         raise ValueError(
             f"reference {label!r}: its imported scores lack {missing} of {len(rows)} rows, the first {first}, and the "
             "model itself is not here. Score them elsewhere (`axolotl poft export --rows` lists them) and import again"
@@ -143,27 +171,10 @@ def _rewards(reference: Reference, rows: Rows, cache: ScoreCache, settings: Poft
             f"reference {label!r}: {missing} of {len(rows)} rows have no cached score ({why}), the first {first}. "
             "Run `axolotl poft score` first"
         )
-    unscored = Rows(rows.table.filter(lookup.missing), {})
-    share, device = share_of(run, scorer.devices), accelerator(run, scorer.devices)
-    score_missing(scorer, unscored, cache, share=share, device=device, batch_tokens=settings.batch_tokens)
-    wait_for_others(scorer, unscored, cache)
-    return reference.lookup(rows, cache)
+    return Rows(rows.table.filter(lookup.missing), {})
 
 
-def _long_rows(references: Sequence[Reference], rows: Rows, lookups: Sequence[Lookup]) -> set[str]:
-    """Keys of rows that a reference cannot read and that its config drops; an error where it does not."""
-    dropped: set[str] = set()
-    for reference, lookup in zip(references, lookups, strict=True):
-        long = np.flatnonzero(lookup.too_long)
-        if not len(long):
-            continue
-        worst = int(long[np.argmin(lookup.num_tokens[long])])
-        message = (
-            f"reference {reference.settings.label!r}: {len(long)} of {len(rows)} rows are longer than its context, the "
-            f"longest {rows.where(worst)} with {-int(lookup.num_tokens[worst])} tokens"
-        )
-        if reference.settings.on_long_row != "drop":
-            raise RowError(f"{message}. Set `on_long_row: drop` or `truncate` for it, or remove the rows")
-        print(f"{message}: dropped", flush=True)
-        dropped |= {rows.keys[int(index)].as_py() for index in long}
-    return dropped
+def _long_rows(rows: Rows, lookups: Sequence[Lookup]) -> set[str]:
+    """Keys of rows that some reference cannot read: they are left out for all."""
+    long = np.any([lookup.too_long for lookup in lookups], axis=0)
+    return {rows.keys[int(index)].as_py() for index in np.flatnonzero(long)}

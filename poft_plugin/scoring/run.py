@@ -5,13 +5,14 @@ every now and then (so that little is lost when it is stopped), and then waits u
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from poft_plugin.data.preparation import Rows, RunContext
+from poft_plugin.data.rows import RowError
 from poft_plugin.report.console import progress
 from poft_plugin.scoring.cache import Lookup, ScoreCache
 from poft_plugin.scoring.scorer import PreparedRow, Score, Scorer
@@ -46,36 +47,89 @@ def share_of(run: RunContext, devices: int) -> Share:
     return Share(index, machines * workers)
 
 
-def score_missing(
-    scorer: Scorer, rows: Rows, cache: ScoreCache, *, share: Share, device: str, batch_tokens: int
-) -> int:
-    """Scores this process's share of the rows that the cache lacks, and writes them.
+def prepare_missing(scorer: Scorer, rows: Rows, cache: ScoreCache, share: Share) -> list[PreparedRow]:
+    """Tokenizes this process's share of the rows that the cache lacks: all that can go wrong without weights does now.
 
     Args:
-        scorer: not yet loaded; it is loaded only if there is something to score, and unloaded afterwards.
+        scorer: not loaded.
         rows: unique rows.
-        cache: where scores are looked up and written.
+        cache: where scores are looked up; rows that are too long are noted there.
         share: this process's part.
-        device: where the model goes.
-        batch_tokens: tokens of a batch, padding included; a longer row makes a batch of its own.
 
     Returns:
-        The number of rows that were scored.
+        The rows that fit the scorer's context.
 
     Raises:
-        RowError: for a row that cannot be scored, before the model is loaded.
-        ValueError: for a reward that is not finite, naming the row; what was scored before stays in the cache.
+        RowError: for a row that cannot be scored, or that is too long where such rows are not to be dropped.
     """
     missing = np.flatnonzero(cache.lookup(scorer.identity, rows.keys).missing)
     mine = [int(index) for index in missing if share.holds(rows.keys[int(index)].as_py())]
     prepared = [_prepare(scorer, rows, index) for index in progress(mine, description=f"{scorer.name}: tokens")]
-    fitting, long = _by_context(prepared, scorer.context_length)
+    context = scorer.context_length
+    long = [row for row in prepared if context is not None and len(row) > context]
     if long:
         cache.write(scorer.identity, [Score(row.key, float("nan"), -len(row)) for row in long])
-    if fitting:
-        where = {rows.keys[i].as_py(): rows.where(i) for i in mine}
-        _score(scorer, fitting, cache, device=device, batch_tokens=batch_tokens, where=where)
-    return len(fitting)
+        refuse_long_rows(scorer.name, rows, {row.key: len(row) for row in long}, drop=scorer.drops_long_rows)
+    return [row for row in prepared if context is None or len(row) <= context]
+
+
+def score_prepared(
+    scorer: Scorer, prepared: Sequence[PreparedRow], rows: Rows, cache: ScoreCache, *, device: str, batch_tokens: int
+) -> None:
+    """Scores prepared rows and writes the scores, every now and then.
+
+    Args:
+        scorer: loaded and unloaded here, if there is anything to score.
+        prepared: rows that fit its context.
+        rows: the rows they come from, for messages.
+        cache: where the scores go.
+        device: where the model goes.
+        batch_tokens: tokens of a batch, padding included; a longer row makes a batch of its own.
+
+    Raises:
+        ValueError: for a reward that is not finite, naming the row; what was scored before stays in the cache.
+    """
+    if not prepared:
+        return
+    scorer.load(device)
+    done: list[Score] = []
+    flushed = time.monotonic()
+    try:
+        with progress(total=len(prepared), description=f"{scorer.name}: scores") as bar:
+            for batch in batches(prepared, batch_tokens):
+                scores = scorer.score(batch)
+                _check_finite(scorer, scores, rows)
+                done += scores
+                bar.update(len(batch))
+                if time.monotonic() - flushed > FLUSH_SECONDS:
+                    cache.write(scorer.identity, done)
+                    done, flushed = [], time.monotonic()
+    finally:
+        if done:
+            cache.write(scorer.identity, done)
+        scorer.unload()
+
+
+def refuse_long_rows(name: str, rows: Rows, lengths: Mapping[str, int], *, drop: bool) -> None:
+    """Says which rows a reference cannot read.
+
+    Args:
+        name: the reference.
+        rows: the rows, for messages.
+        lengths: tokens of the rows that do not fit, by key.
+        drop: whether they are dropped.
+
+    Raises:
+        RowError: if they are not to be dropped.
+    """
+    worst = max(lengths, key=lambda key: lengths[key])
+    message = (
+        f"reference {name!r}: {len(lengths)} of {len(rows)} rows are longer than its context, the longest "
+        f"{rows.where_key(worst)} with {lengths[worst]} tokens"
+    )
+    if not drop:
+        raise RowError(f"{message}. Set `on_long_row: drop` or `truncate` for it, or remove the rows")
+    print(f"{message}: dropped", flush=True)
 
 
 def wait_for_others(scorer: Scorer, rows: Rows, cache: ScoreCache) -> Lookup:
@@ -127,44 +181,10 @@ def _prepare(scorer: Scorer, rows: Rows, index: int) -> PreparedRow:
     return scorer.prepare(rows.keys[index].as_py(), rows.conversation(index), rows.where(index))
 
 
-def _by_context(rows: Sequence[PreparedRow], context: int | None) -> tuple[list[PreparedRow], list[PreparedRow]]:
-    if context is None:
-        return list(rows), []
-    return [row for row in rows if len(row) <= context], [row for row in rows if len(row) > context]
-
-
-def _score(
-    scorer: Scorer,
-    rows: Sequence[PreparedRow],
-    cache: ScoreCache,
-    *,
-    device: str,
-    batch_tokens: int,
-    where: dict[str, str],
-) -> None:
-    scorer.load(device)
-    done: list[Score] = []
-    flushed = time.monotonic()
-    try:
-        with progress(total=len(rows), description=f"{scorer.name}: scores") as bar:
-            for batch in batches(rows, batch_tokens):
-                scores = scorer.score(batch)
-                _check_finite(scorer, scores, where)
-                done += scores
-                bar.update(len(batch))
-                if time.monotonic() - flushed > FLUSH_SECONDS:
-                    cache.write(scorer.identity, done)
-                    done, flushed = [], time.monotonic()
-    finally:
-        if done:
-            cache.write(scorer.identity, done)
-        scorer.unload()
-
-
-def _check_finite(scorer: Scorer, scores: Sequence[Score], where: dict[str, str]) -> None:
+def _check_finite(scorer: Scorer, scores: Sequence[Score], rows: Rows) -> None:
     for score in scores:
         if not np.isfinite(score.reward):
             raise ValueError(
-                f"{where[score.key]}: reference {scorer.name!r} gives the reward {score.reward}; its weights or dtype "
+                f"{rows.where_key(score.key)}: reference {scorer.name!r} gives the reward {score.reward}; its weights or dtype "
                 "overflow. Try `dtype: bfloat16` or `float32` for it"
             )

@@ -83,6 +83,11 @@ class Scorer(Protocol):
         ...
 
     @property
+    def drops_long_rows(self) -> bool:
+        """Whether rows longer than that are dropped; an error otherwise."""
+        ...
+
+    @property
     def devices(self) -> int:
         """Accelerators that one copy takes."""
         ...

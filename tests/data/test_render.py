@@ -11,7 +11,7 @@ import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from poft_plugin.data.render import FIXED_DATE, Rendered, Renderer, SystemTurns, apply_system_turns
@@ -23,13 +23,15 @@ PIECES = ["a", "beta", "Ä", "東", "✓", "👍", " ", "  ", "\n", "\t", ".", "
 CONTENT = st.lists(st.sampled_from(PIECES), min_size=1, max_size=9).map("".join).filter(str.strip)
 
 
-@pytest.fixture(scope="session")
-def byte_level(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A byte-level tokenizer."""
+@pytest.fixture(scope="module", params=["whole-offsets", "trimmed-offsets"])
+def byte_level(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A byte-level tokenizer; as GPT-2's, it may leave spaces out of its tokens' offsets, down to empty ones."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    return AutoTokenizer.from_pretrained(
-        tiny.bpe_tokenizer(folder, vocab_size=400, template=tiny.CHATML, specials=SPECIALS, eos="<|im_end|>")
-    )
+    tiny.bpe_tokenizer(folder, vocab_size=400, template=tiny.CHATML, specials=SPECIALS, eos="<|im_end|>")
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    trim = request.param == "trimmed-offsets"
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim)
+    return tokenizer
 
 
 def user(content: str) -> Turn:
@@ -76,6 +78,17 @@ def test_single_turn_by_hand(byte_level: Any) -> None:
     assert rendered.num_counted == len(byte_level("beta gamma.", add_special_tokens=False)["input_ids"])
 
 
+def test_only_the_template_writes_special_tokens(byte_level: Any, tmp_path: Path) -> None:
+    """Most templates write the BOS token that the tokenizer would write once more."""
+    byte_level.save_pretrained(tmp_path)
+    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path)
+    added = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = added
+    assert tokenizer("one")["input_ids"][0] == tokenizer.bos_token_id
+    rendered = Renderer(tokenizer, "{{ bos_token }}" + tiny.CHATML, "ref")((user("one"), assistant("two")), WHERE)
+    assert rendered.input_ids.count(tokenizer.bos_token_id) == 1
+
+
 def test_only_counted_turns_count(byte_level: Any) -> None:
     turns = (
         user("one"),
@@ -113,7 +126,7 @@ def test_byte_level_tokens_count_where_they_hold_a_byte_of_a_response(
 
 @pytest.mark.parametrize(("before", "after"), [(" ", ""), ("\n\n", " "), ("", "\n"), ("[/INST] ", " </s>")])
 @pytest.mark.parametrize("filters", ["", "| trim"])
-@pytest.mark.parametrize("content", ["alpha beta", " alpha\n", "\n alpha", "alpha  "])
+@pytest.mark.parametrize("content", ["alpha beta", " alpha\n", "\n alpha", "alpha  ", "alpha "])
 def test_templates_may_strip_and_add_white_space(
     byte_level: Any, before: str, after: str, filters: str, content: str
 ) -> None:
@@ -139,8 +152,11 @@ def test_generation_markers_are_not_needed_and_do_no_harm(byte_level: Any) -> No
     "content",
     ["{{ m.content | upper }}", "{{ m.content | replace('e', 'E') }}", "{{ m.content[:6] }}", "{{ m.content[:12] }}",
      "{{ m.content }}{{ m.content }}", "{% if loop.last %}{{ m.content }}{% endif %}", "",
-     "{{ m.content | replace('  ', ' ') }}", "{{ '-' if m.content[0] == 't' }}{{ m.content }}"],
-    ids=["upper", "replaced", "short", "cut", "twice", "last-only", "absent", "spaces-squeezed", "looks-at-it"],
+     "{{ m.content | replace('  ', ' ') }}", "{{ '-' if m.content[0] == 't' }}{{ m.content }}",
+     "{{ m.content }}{{ '!' if loop.last and 'n' in m.content }}",
+     "{{ '+' if 'n' in messages[-1].content else '-' }}{{ m.content }}"],
+    ids=["upper", "replaced", "short", "cut", "twice", "last-only", "absent", "spaces-squeezed", "looks-at-it", "afterthought",
+         "other-beginning"],
 )  # fmt: skip
 def test_a_template_that_alters_a_response_is_an_error(byte_level: Any, content: str) -> None:
     template = "{% for m in messages %}<{{ m.role }}>" + content + "{% endfor %}"

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -84,10 +85,10 @@ def test_preprocess_then_nothing_is_left_to_score(models: SimpleNamespace, tmp_p
 
 def test_third_party_method(models: SimpleNamespace, tmp_path: Path) -> None:
     """A package that is installed brings `rl: toy`, its loss, its preprocessor and its filter."""
-    site = tmp_path / "site"
+    site, source = tmp_path / "site", shutil.copytree(THIRD_PARTY, tmp_path / "toy")
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", str(site),
-         str(THIRD_PARTY)], check=True,
+         str(source)], check=True,
     )  # fmt: skip
     config(tmp_path, models, rl="toy", poft=None, toy={"strength": 3.0}, num_epochs=2,
            row_filters=[{"name": "short_rows", "max_words": 8}])  # fmt: skip

@@ -1,5 +1,6 @@
 """The forward that stops at the response tokens, on every family of logit transforms that we know."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -156,9 +157,10 @@ def test_ordinary_forward_and_generate_stay_as_they_were(family: tuple[Any, Logi
         output = model(input_ids=IDS, labels=IDS)
         return [output.logits, output.loss, model.generate(question, attention_mask=mask, **settings)]
 
-    before = answers()
+    before, signature = answers(), inspect.signature(model.forward)
     install_response_forward(model)
     all_but_first(model)
+    assert inspect.signature(model.forward) == signature  # transformers looks at its names
     for now, then in zip(answers(), before, strict=True):
         torch.testing.assert_close(now, then, rtol=0, atol=0)
 
@@ -263,8 +265,8 @@ def test_check_accepts_rounding_in_bfloat16(name: str) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_check_leaves_the_mode_as_it_was(training: bool) -> None:
-    model = llama().train(training)
+def test_check_runs_without_dropout_and_leaves_the_mode_as_it_was(training: bool) -> None:
+    model = seeded(lambda: LlamaForCausalLM(LlamaConfig(**SIZES, attention_dropout=0.5))).train(training)
     parts = install_response_forward(model)
     check_head(model, parts.transform, VOCABULARY, CPU)
     assert model.training is training

@@ -184,6 +184,14 @@ def test_only_what_requires_a_gradient_gets_one(wanted: str) -> None:
     assert all(frozen[name].grad is None for name in {"hidden", "weight", "bias"} - {wanted})
 
 
+def test_a_frozen_head_costs_no_gradient_of_its_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = problem(torch.float32)
+    inputs["weight"].requires_grad_(False)
+    monkeypatch.setattr(room, "_add_outer", None)
+    token_logps(**inputs).sum().backward()
+    assert inputs["hidden"].grad is not None
+
+
 def test_a_second_derivative_is_an_error_not_a_wrong_number() -> None:
     inputs = problem(torch.float64)
     (gradient,) = torch.autograd.grad(token_logps(**inputs).sum(), inputs["hidden"], create_graph=True)
@@ -202,7 +210,7 @@ def test_extreme_logits_stay_finite() -> None:
 
 @pytest.mark.parametrize(
     ("hidden", "weight", "targets"),
-    [((2, 3, 4), (5, 4), (2, 3)), ((3, 4), (5, 4), (2,)), ((3, 4), (5, 4), (3, 1)), ((3, 4), (4, 5), (3,)),
+    [((2, 3, 4), (5, 4), (2, 3)), ((2, 3, 4), (5, 4), (2,)), ((3, 4), (5, 4), (2,)), ((3, 4), (5, 4), (3, 1)), ((3, 4), (4, 5), (3,)),
      ((3, 4), (0,), (3,))],
 )  # fmt: skip
 def test_shapes_that_do_not_fit_are_refused(hidden: Any, weight: Any, targets: Any) -> None:

@@ -49,8 +49,9 @@ def test_correlations_are_of_ranks_and_over_all_rows() -> None:
 
 def test_too_few_rows_have_no_correlation_and_equal_rewards_none_worth_the_name() -> None:
     assert summarise(["x", "y"], np.stack([FIRST, SECOND])[:, :2], SOURCES[:2]).correlations == {}
-    flat = summarise(["x", "y"], np.stack([FIRST, np.full(5, -1.0)]), SOURCES)
-    assert flat.correlations == {("x", "y"): 0.0}
+    flat = np.full(5, -1.0)
+    correlations = summarise(["x", "y", "z"], np.stack([flat, SECOND, flat]), SOURCES).correlations
+    assert correlations == {("x", "y"): 0.0, ("x", "z"): 0.0, ("y", "z"): 0.0}
 
 
 def test_statistics_are_flat_numbers() -> None:

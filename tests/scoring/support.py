@@ -13,6 +13,7 @@ from poft_plugin.data.rows import Turn, dump_conversation, row_key
 from poft_plugin.scoring.cache import ScoreCache
 from poft_plugin.scoring.causal_lm import CausalLMScorer
 from poft_plugin.scoring.checkpoints import resolve_checkpoint
+from poft_plugin.scoring.run import Share, prepare_missing, score_prepared
 
 
 def conversation(row: dict[str, Any]) -> tuple[Turn, ...]:
@@ -41,6 +42,15 @@ def scorer(folder: Path, cache: ScoreCache, *, include_end_of_turn: bool = False
     reference = ReferenceConfig(model=str(folder), **settings)
     checkpoint = resolve_checkpoint(str(folder), reference.revision, cache)
     return CausalLMScorer(reference, checkpoint, include_end_of_turn)
+
+
+def score_missing(
+    reference: CausalLMScorer, rows: Rows, cache: ScoreCache, *, share: Share, device: str, batch_tokens: int
+) -> int:
+    """Prepares and scores one process's share, as the preprocessor does."""
+    prepared = prepare_missing(reference, rows, cache, share)
+    score_prepared(reference, prepared, rows, cache, device=device, batch_tokens=batch_tokens)
+    return len(prepared)
 
 
 def plain_reward(folder: Path, row: dict[str, Any]) -> tuple[float, int]:

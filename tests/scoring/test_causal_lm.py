@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
-from scoring.support import as_rows, plain_reward, scorer
+from scoring.support import score_missing, as_rows, plain_reward, scorer
 
 from poft_plugin.data.rows import RowError
 from poft_plugin.scoring.cache import ScoreCache
-from poft_plugin.scoring.run import Share, score_missing
+from poft_plugin.scoring.run import Share
 
 RELATIVE = 1e-4
 ROWS = tiny.chat_rows(12, seed=3) + tiny.chat_rows(4, seed=4, turns=3)

@@ -90,7 +90,14 @@ def test_rows_longer_than_the_context(
 ) -> None:
     data = as_rows([*tiny.chat_rows(2, seed=1), {"messages": [{"role": "user", "content": "alpha " * 40},
                                                              {"role": "assistant", "content": "beta"}]}])  # fmt: skip
-    monkeypatch.setattr("tiny.WORDS", tiny.WORDS)
+    load = CausalLMScorer.load
+    monkeypatch.setattr(CausalLMScorer, "load", lambda *_: pytest.fail("loaded before all rows were looked at"))
+    for _ in range(2):  # the second time from the cache's note of their lengths
+        with pytest.raises(ValueError, match=r"'short': 3 of 3 rows are longer.*data.jsonl row 2.*on_long_row"):
+            reference_rewards(
+                data, config(tmp_path, {"model": str(models.ref_a)}, {"model": str(models.short)}), TRAIN
+            )
+    monkeypatch.setattr(CausalLMScorer, "load", load)
     with pytest.raises(ValueError, match=r"'short': \d of 3 rows are longer.*data.jsonl row 2.*on_long_row"):
         reference_rewards(data, config(tmp_path, {"model": str(models.short)}), TRAIN)
     dropped = reference_rewards(data, config(tmp_path, {"model": str(models.short), "on_long_row": "drop"}), TRAIN)

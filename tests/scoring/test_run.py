@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import tiny
-from scoring.support import as_rows, scorer
+from scoring.support import score_missing, as_rows, scorer
 
 from poft_plugin.data.preparation import RunContext
 from poft_plugin.data.rows import RowError
 from poft_plugin.scoring import run as scoring_run
 from poft_plugin.scoring.cache import ScoreCache
 from poft_plugin.scoring.causal_lm import CausalLMScorer
-from poft_plugin.scoring.run import Share, accelerator, score_missing, share_of
+from poft_plugin.scoring.run import Share, accelerator, share_of
 
 ROWS = as_rows(tiny.chat_rows(10, seed=9))
 

@@ -51,9 +51,12 @@ def test_the_split_does_not_matter(data: st.DataObject) -> None:
         batch = {"plain": Metric(values, with_std=True), "weighted": Metric(values, weights, with_std=True)}
         ranks[number % num_ranks].add(batch)
     contributions: list[Tensor] = []
-    for rank in ranks[1:]:
-        rank.pop(lambda sums: (contributions.append(sums), sums)[1])
-    logged = ranks[0].pop(lambda sums: sums + sum(contributions))
+
+    def all_reduce(sums: Tensor) -> Tensor:
+        contributions.append(sums)
+        return torch.stack(contributions).sum(0)
+
+    logged = [rank.pop(all_reduce) for rank in ranks][-1]
     for name, weights_of_all in (("plain", None), ("weighted", [w for _, w in samples])):
         expected = oracles.moments([v for v, _ in samples], weights_of_all)
         assert logged[name] == pytest.approx(expected.mean, rel=1e-12, abs=1e-10)

@@ -21,7 +21,7 @@ from poft_plugin.scoring.cache import ScoreCache, cache_folder
 from poft_plugin.scoring.exchange import export_scores, import_scores
 from poft_plugin.scoring.plan import matmul_rate, plan_reference, print_plan, probe
 from poft_plugin.scoring.references import Reference, check_revisions, open_references, reference_rewards
-from poft_plugin.scoring.run import Share, accelerator, score_missing
+from poft_plugin.scoring.run import Share, accelerator, prepare_missing, score_prepared
 
 console = make_console()
 
@@ -104,12 +104,10 @@ class Session:
             if reference.scorer is None:
                 continue
             unscored = Rows(rows.table.filter(reference.lookup(rows, self.cache).missing), {})
-            device = accelerator(self.context, reference.scorer.devices)
-            done = score_missing(
-                reference.scorer, unscored, self.cache,
-                share=Share(shard, num_shards), device=device, batch_tokens=self.settings.batch_tokens,
-            )  # fmt: skip
-            console.print(f"{reference.settings.label}: shard {shard} of {num_shards}: {done} rows scored")
+            prepared = prepare_missing(reference.scorer, unscored, self.cache, Share(shard, num_shards))
+            device, tokens = accelerator(self.context, reference.scorer.devices), self.settings.batch_tokens
+            score_prepared(reference.scorer, prepared, unscored, self.cache, device=device, batch_tokens=tokens)
+            console.print(f"{reference.settings.label}: shard {shard} of {num_shards}: {len(prepared)} rows scored")
 
     def show(self, count: int) -> None:
         """Prints the first rows as each reference sees them, counted tokens in colour."""

@@ -13,16 +13,18 @@ from axolotl.utils.logging import get_logger
 
 # the host finds the strategy by name, and takes a ModuleNotFoundError in it for an unknown dataset type
 import poft_plugin.hosts.axolotl.strategy  # noqa: F401
+from poft_plugin import __version__
 from poft_plugin.data.preparation import RunContext
 from poft_plugin.hosts.axolotl.compat import TESTED_VERSIONS, prepare_cpu_ranks
 from poft_plugin.hosts.axolotl.run import MethodRun, take_over
 
 LOG = get_logger("axolotl.poft_plugin")  # the host shows messages of its own namespace only
 
+LOG.info(f"poft_plugin {__version__}, tested with axolotl {', '.join(TESTED_VERSIONS)}")
 if axolotl.__version__ not in TESTED_VERSIONS:
     LOG.warning(
-        f"poft_plugin was tested with axolotl {', '.join(TESTED_VERSIONS)}; this is {axolotl.__version__}. "
-        "tests/hosts/axolotl/test_contract.py says what has to hold"
+        f"poft_plugin {__version__} was not tested with axolotl {axolotl.__version__} (but with "
+        f"{', '.join(TESTED_VERSIONS)}); its tests/hosts/axolotl/test_contract.py says what has to hold"
     )
 
 
