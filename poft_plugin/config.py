@@ -1,10 +1,11 @@
 """The config blocks that users write: validated once, frozen, unknown keys refused by name."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from inspect import signature
 from pathlib import PurePosixPath
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
 
 class Block(BaseModel):
@@ -109,6 +110,25 @@ class RowFilterConfig(BaseModel):
     def settings(self) -> dict[str, Any]:
         """Everything but the name: handed to the filter as keywords."""
         return dict(self.model_extra or {})
+
+
+def settings_model(function: Callable[..., Any]) -> type[BaseModel]:
+    """A block out of a function's keyword-only parameters, their annotations and defaults.
+
+    Examples:
+        >>> def keep(rows, *, words: int, within: str = "none"): ...
+        >>> sorted(settings_model(keep).model_fields)
+        ['within', 'words']
+    """
+    try:
+        hints = get_type_hints(function, include_extras=True)
+    except NameError:  # names that its module imports for type checkers alone: any value goes
+        hints = {}
+    parameters = [p for p in signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    fields: dict[str, Any] = {
+        p.name: (hints.get(p.name, Any), ... if p.default is p.empty else p.default) for p in parameters
+    }
+    return create_model(f"{function.__name__}_settings", __base__=Block, **fields)
 
 
 AnyBlock = TypeVar("AnyBlock", bound=BaseModel)

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,8 +14,8 @@ os.environ.update(
 )
 sys.path.insert(0, str(Path(__file__).parent))
 
-import pytest  # noqa: E402
-import tiny  # noqa: E402
+import pytest
+import tiny
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,7 +43,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 
 @pytest.fixture
-def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A fresh working folder."""
     monkeypatch.chdir(tmp_path)
-    yield tmp_path
+    return tmp_path

@@ -2,11 +2,15 @@
 
 from fractions import Fraction
 from math import ceil
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field
 
 from poft_plugin.data.columns import REFERENCE_LOGP
 from poft_plugin.data.preparation import Rows
+
+Percent = Annotated[float, Field(gt=0, le=100)]
 
 
 def top_percent_count(percent: float, total: int) -> int:
@@ -19,7 +23,7 @@ def top_percent_count(percent: float, total: int) -> int:
     return ceil(Fraction(str(percent)) * total / 100)
 
 
-def keep_top_percent(rows: Rows, *, percent: float, within: str = "none", column: str = REFERENCE_LOGP) -> np.ndarray:
+def keep_top_percent(rows: Rows, *, percent: Percent, within: str = "none", column: str = REFERENCE_LOGP) -> np.ndarray:
     """Keeps the rows with the highest score, the paper's filter by preference score (section 4.3, Fig. 4).
 
     Args:

@@ -6,6 +6,7 @@ Nothing here imports transformers: a model is anything with `get_decoder()`, `ge
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
+from types import MethodType
 from typing import Any
 
 import torch
@@ -126,8 +127,11 @@ def _linear_head(model: Any) -> nn.Linear:
 
 
 def _response_forward(model: Any, parts: LanguageModel, original: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(original)
+    """A bound method, as accelerate expects when it wraps and unwraps a model's forward for mixed precision."""
+
+    @wraps(getattr(original, "__func__", original))
     def forward(
+        self: Any,
         *args: Any,
         response_positions: Tensor | None = None,
         response_targets: Tensor | None = None,
@@ -138,9 +142,9 @@ def _response_forward(model: Any, parts: LanguageModel, original: Callable[..., 
         inputs = {name: value for name, value in kwargs.items() if value is not None}
         hidden = parts.decoder(*args, **inputs)[0]
         picked = hidden.flatten(0, 1).index_select(0, response_positions.to(hidden.device))
-        return model.get_output_embeddings()(picked, response_targets=response_targets)
+        return self.get_output_embeddings()(picked, response_targets=response_targets)
 
-    return forward
+    return MethodType(forward, model)
 
 
 def _head_forward(parts: LanguageModel, original: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:

@@ -16,7 +16,7 @@ LOW_MEAN = -4.0
 """Nats per token. A well-fed reference gives the answers of a usable data set about -1; -4 says it reads noise."""
 
 LOW_CORRELATION = 0.3
-HINT = "wrong chat template? run `axolotl poft score --show 3`"
+HINT = "wrong chat template? run `axolotl poft score CONFIG --show 3`"
 
 
 @dataclass(frozen=True)

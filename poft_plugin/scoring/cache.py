@@ -42,12 +42,12 @@ class Lookup:
     @property
     def missing(self) -> np.ndarray:
         """`(n,)` booleans: rows that were never looked at."""
-        return np.isnan(self.rewards) & (self.num_tokens == 0)
+        return np.asarray(np.isnan(self.rewards) & (self.num_tokens == 0))
 
     @property
     def too_long(self) -> np.ndarray:
         """`(n,)` booleans: rows that do not fit into the scorer's context."""
-        return np.isnan(self.rewards) & (self.num_tokens < 0)
+        return np.asarray(np.isnan(self.rewards) & (self.num_tokens < 0))
 
 
 def cache_folder(setting: str | None) -> Path:
@@ -77,9 +77,7 @@ class ScoreCache:
             index = index.combine_chunks()
         rewards = table["reward"].take(index)
         tokens = pc.fill_null(table["num_tokens"].take(index), 0)
-        return Lookup(
-            np.array(rewards.to_numpy(), dtype=np.float64), np.array(tokens.to_numpy(), dtype=np.int32)
-        )
+        return Lookup(np.array(rewards.to_numpy(), dtype=np.float64), np.array(tokens.to_numpy(), dtype=np.int32))
 
     def table(self, identity: Identity) -> pa.Table:
         """All scores of one scorer."""
@@ -130,4 +128,6 @@ def _read(file: Path) -> pa.Table:
     try:
         return pq.read_table(file, columns=SCHEMA.names).cast(SCHEMA)
     except (OSError, pa.ArrowException, KeyError) as error:
-        raise ValueError(f"{file}: not a readable score file ({error}); delete it, its rows are scored again") from error
+        raise ValueError(
+            f"{file}: not a readable score file ({error}); delete it, its rows are scored again"
+        ) from error

@@ -72,8 +72,8 @@ class CausalLMScorer:
             template = template.get("default")
         if not template:
             raise ValueError(
-                f"reference {self.name!r} ({self.settings.model}): its tokenizer has no chat template. A reference must "
-                "be an aligned model; give its format as `chat_template:` (a file or Jinja text)"
+                f"reference {self.name!r} ({self.settings.model}): its tokenizer has no chat template. A reference "
+                "must be an aligned model; give its format as `chat_template:` (a file or Jinja text)"
             )
         return str(template)
 
@@ -93,14 +93,15 @@ class CausalLMScorer:
     def dtype(self) -> torch.dtype:
         """The weights' dtype, `auto` resolved."""
         if self.settings.dtype != "auto":
-            return getattr(torch, self.settings.dtype)  # type: ignore[no-any-return]
+            chosen: torch.dtype = getattr(torch, self.settings.dtype)
+            return chosen
         stored = self.config.dtype
         return stored if isinstance(stored, torch.dtype) else torch.float32
 
     @cached_property
     def identity(self) -> Identity:
         """What its scores depend on."""
-        backend = self.tokenizer.backend_tokenizer.to_str()  # type: ignore[attr-defined]
+        backend = self.tokenizer.backend_tokenizer.to_str()
         return Identity(
             {
                 "contract": CONTRACT,
@@ -147,7 +148,11 @@ class CausalLMScorer:
         return self.settings.devices
 
     def load(self, device: str) -> None:
-        """Loads the weights onto `device` (and the next ones, for several GPUs) and checks the head against the model's own logits."""
+        """Loads the weights onto `device` and the next ones that a copy takes.
+
+        Raises:
+            ValueError: if the head does not give what the model's own logits say.
+        """
         model = AutoModelForCausalLM.from_pretrained(
             self.checkpoint.location,
             dtype=self.dtype,

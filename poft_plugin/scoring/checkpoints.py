@@ -5,10 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-from requests import RequestException
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from poft_plugin.scoring.cache import ScoreCache
 
@@ -78,7 +84,7 @@ def _hub_commit(model: str, revision: str | None) -> str:
         raise MissingCheckpointError(
             f"reference {model}: no such repository on the hub (or no access), and no such local folder"
         ) from error
-    except (OfflineModeIsEnabled, HfHubHTTPError, RequestException, OSError):
+    except (OfflineModeIsEnabled, HfHubHTTPError, httpx.HTTPError, OSError):
         pass  # no network: what was downloaded before decides
     return _downloaded_commit(model, revision)
 

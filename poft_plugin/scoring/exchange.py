@@ -57,9 +57,7 @@ def read_score_file(path: str | Path, source: str) -> ImportedScores:
     return by_model[source]
 
 
-def import_scores(
-    path: str | Path, sources: Sequence[str], keys: pa.ChunkedArray, cache: ScoreCache
-) -> dict[str, int]:
+def import_scores(path: str | Path, sources: Sequence[str], keys: pa.ChunkedArray, cache: ScoreCache) -> dict[str, int]:
     """Takes a score file into the cache.
 
     Args:
@@ -79,7 +77,9 @@ def import_scores(
     by_model = _by_model(Path(path), default=only)
     for model, scores in by_model.items():
         if model not in sources:
-            raise ValueError(f"{path}: scores of {model!r}, which is no reference of this config ({', '.join(sources)})")
+            raise ValueError(
+                f"{path}: scores of {model!r}, which is no reference of this config ({', '.join(sources)})"
+            )
         foreign = pc.filter(scores.table["row_key"], pc.invert(pc.is_in(scores.table["row_key"], value_set=keys)))
         if len(foreign):
             raise ValueError(

@@ -180,7 +180,9 @@ def _print_disk(plans: Sequence[ReferencePlan], cache: ScoreCache, console: Cons
     free, needed = shutil.disk_usage(existing).free, sum(plan.to_score for plan in plans) * BYTES_PER_SCORE
     console.print(f"score cache {folder}: needs about {needed / 2**20:.1f} MiB, {free / 2**30:.1f} GiB free")
     if needed > free:
-        raise ValueError(f"score_cache {folder}: {free} bytes free, {needed} needed; free some or choose another folder")
+        raise ValueError(
+            f"score_cache {folder}: {free} bytes free, {needed} needed; free some or choose another folder"
+        )
 
 
 def _location(scorer: CausalLMScorer) -> str:
@@ -192,7 +194,5 @@ def _location(scorer: CausalLMScorer) -> str:
 def _parameters(scorer: CausalLMScorer) -> tuple[int, int]:
     """Parameters of the model, and of its head, from the config alone."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            scorer.config, trust_remote_code=scorer.settings.trust_remote_code
-        )
+        model = AutoModelForCausalLM.from_config(scorer.config, trust_remote_code=scorer.settings.trust_remote_code)
     return sum(p.numel() for p in model.parameters()), model.get_output_embeddings().weight.numel()

@@ -22,6 +22,7 @@ from poft_plugin.scoring.run import (
     share_of,
     wait_for_others,
 )
+from poft_plugin.scoring.scorer import Identity
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,13 @@ class Reference:
         if self.scorer is None:
             return known
         own, missing = cache.lookup(self.scorer.identity, rows.keys), known.missing
-        return Lookup(np.where(missing, own.rewards, known.rewards), np.where(missing, own.num_tokens, known.num_tokens))
+        return Lookup(
+            np.where(missing, own.rewards, known.rewards), np.where(missing, own.num_tokens, known.num_tokens)
+        )
 
 
 def reference_rewards(rows: Rows, settings: BaseModel, run: RunContext) -> Prepared:
-    """Attaches `reference_logp`, the mean of the references' rewards `(1/M) sum_j r_j(x, y)` (Eq. 4 to 6).
+    """Attaches `reference_logp`, the mean of the references' rewards `(1/M) sum_j r_j(x, y)` (Eq. 5 and 6).
 
     Args:
         rows: unique rows.
@@ -125,7 +128,21 @@ def _open(reference: ReferenceConfig, settings: PoftConfig, cache: ScoreCache) -
         return Reference(reference, None, imported)
     scorer = CausalLMScorer(reference, checkpoint, settings.include_end_of_turn)
     _ = scorer.renderer  # refuses a missing template or a slow tokenizer now
-    return Reference(reference, scorer, imported if imported and imported.identity is None else None)
+    if imported is None or imported.identity is None:
+        return Reference(reference, scorer, imported)
+    _note_difference(reference, imported.identity, scorer.identity)
+    return Reference(reference, scorer, None)
+
+
+def _note_difference(reference: ReferenceConfig, imported: Identity, here: Identity) -> None:
+    """Says why imported scores do not serve: the model that made them is not the one that is here."""
+    differing = sorted(k for k in here.fields if here.fields[k] != imported.fields.get(k))
+    if differing:
+        print(
+            f"reference {reference.label}: its imported scores were made with other settings ({', '.join(differing)}) "
+            "than the model here has; they are not used",
+            flush=True,
+        )
 
 
 def _score_all(

@@ -185,6 +185,6 @@ def _check_finite(scorer: Scorer, scores: Sequence[Score], rows: Rows) -> None:
     for score in scores:
         if not np.isfinite(score.reward):
             raise ValueError(
-                f"{rows.where_key(score.key)}: reference {scorer.name!r} gives the reward {score.reward}; its weights or dtype "
-                "overflow. Try `dtype: bfloat16` or `float32` for it"
+                f"{rows.where_key(score.key)}: reference {scorer.name!r} gives the reward {score.reward}; its "
+                "weights or dtype overflow. Try `dtype: bfloat16` or `float32` for it"
             )

@@ -154,9 +154,9 @@ def test_generation_markers_are_not_needed_and_do_no_harm(byte_level: Any) -> No
      "{{ m.content }}{{ m.content }}", "{% if loop.last %}{{ m.content }}{% endif %}", "",
      "{{ m.content | replace('  ', ' ') }}", "{{ '-' if m.content[0] == 't' }}{{ m.content }}",
      "{{ m.content }}{{ '!' if loop.last and 'n' in m.content }}",
-     "{{ '+' if 'n' in messages[-1].content else '-' }}{{ m.content }}"],
-    ids=["upper", "replaced", "short", "cut", "twice", "last-only", "absent", "spaces-squeezed", "looks-at-it", "afterthought",
-         "other-beginning"],
+     "{{ '+' if loop.first and 'n' in messages[-1].content else '-' }}{{ m.content }}"],
+    ids=["upper", "replaced", "short", "cut", "twice", "last-only", "absent", "spaces-squeezed", "looks-at-it",
+         "afterthought", "other-beginning"],
 )  # fmt: skip
 def test_a_template_that_alters_a_response_is_an_error(byte_level: Any, content: str) -> None:
     template = "{% for m in messages %}<{{ m.role }}>" + content + "{% endfor %}"

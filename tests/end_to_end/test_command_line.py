@@ -43,7 +43,7 @@ def config(folder: Path, models: SimpleNamespace, **settings: Any) -> Path:
         tiny.write_jsonl(folder / "data.jsonl", tiny.chat_rows(12, seed=4))
     defaults: dict[str, Any] = {
         "base_model": str(models.policy),
-        "datasets": [{"path": "./data.jsonl", "ds_type": "json", "type": "chat_template", "field_messages": "messages"}],
+        "datasets": [{"path": "./data.jsonl", "ds_type": "json", "type": "chat_template"}],
         "plugins": ["poft_plugin.PoftPlugin"],
         "rl": "poft",
         "poft": {"references": [{"model": str(models.ref_a)}, {"model": str(models.ref_b)}],
@@ -92,7 +92,9 @@ def test_third_party_method(models: SimpleNamespace, tmp_path: Path) -> None:
     )  # fmt: skip
     config(tmp_path, models, rl="toy", poft=None, toy={"strength": 3.0}, num_epochs=2,
            row_filters=[{"name": "short_rows", "max_words": 8}])  # fmt: skip
-    output = axolotl(tmp_path, "train", "config.yml", "--launcher", "python", PYTHONPATH=str(site), AXOLOTL_LOG_LEVEL="INFO")
+    output = axolotl(
+        tmp_path, "train", "config.yml", "--launcher", "python", PYTHONPATH=str(site), AXOLOTL_LOG_LEVEL="INFO"
+    )
     assert "'toy/bonus'" in output
     kept = sum(len(row["messages"][1]["content"].split()) <= 8 for row in tiny.chat_rows(12, seed=4))
     assert 0 < kept < 12
@@ -100,9 +102,7 @@ def test_third_party_method(models: SimpleNamespace, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("preprocessing")
-def test_plan_score_export_import(
-    models: SimpleNamespace, in_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plan_score_export_import(models: SimpleNamespace, in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = str(config(in_folder, models))
     plan = poft("plan", path, "--probe", "2")
     assert plan.exit_code == 0, plan.output

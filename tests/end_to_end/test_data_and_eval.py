@@ -80,7 +80,10 @@ def evaluate_by_hand(run: hosting.Recording, policy: Path) -> dict[str, float]:
         picked = [logps[t - 1, labels[t]] for t in range(1, len(labels)) if labels[t] != -100]
         rewards.append(torch.stack(picked).mean())
         losses.append(-torch.nn.functional.logsigmoid(rewards[-1] - row["reference_logp"]))
-    return {"eval_loss": float(sum(losses)) / len(losses), "eval_poft/policy_reward": float(sum(rewards)) / len(rewards)}
+    return {
+        "eval_loss": float(sum(losses)) / len(losses),
+        "eval_poft/policy_reward": float(sum(rewards)) / len(rewards),
+    }
 
 
 @pytest.mark.parametrize("settings", [{"eval_batch_size": 1}, {"eval_batch_size": 4, "sample_packing": True}])

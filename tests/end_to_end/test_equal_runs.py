@@ -1,4 +1,4 @@
-"""Packing, micro-batches and accumulation change speed, not the step: loss and gradients of one optimizer step agree."""
+"""Packing, micro-batches and accumulation change speed, not the step: its loss and gradients agree."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,12 +75,16 @@ def test_gradients_agree_to_float32_rounding(runs: dict[str, hosting.Recording],
     assert expected.keys() == found.keys()
     scale = max(float(gradient.abs().max()) for gradient in expected.values())
     for parameter, gradient in expected.items():
-        torch.testing.assert_close(found[parameter], gradient, rtol=1e-3, atol=1e-5 * scale, msg=lambda m: f"{name} {m}")
+        torch.testing.assert_close(
+            found[parameter], gradient, rtol=1e-3, atol=1e-5 * scale, msg=lambda m: f"{name} {m}"
+        )
 
 
 def test_metrics_do_not_depend_on_the_layout(runs: dict[str, hosting.Recording]) -> None:
     names = [key for key in runs["8 x 1"].logs[0] if key.startswith("poft/")]
-    assert {"poft/policy_reward", "poft/coefficient", "poft/coefficient_std", "poft/win_rate", "poft/ce_loss"} <= {*names}
+    assert {"poft/policy_reward", "poft/coefficient", "poft/coefficient_std", "poft/win_rate", "poft/ce_loss"} <= {
+        *names
+    }
     for run in runs.values():
         for name in names:
             assert run.logs[0][name] == pytest.approx(runs["8 x 1"].logs[0][name], rel=1e-4, abs=1e-6)

@@ -210,9 +210,15 @@ def test_extreme_logits_stay_finite() -> None:
 
 @pytest.mark.parametrize(
     ("hidden", "weight", "targets"),
-    [((2, 3, 4), (5, 4), (2, 3)), ((2, 3, 4), (5, 4), (2,)), ((3, 4), (5, 4), (2,)), ((3, 4), (5, 4), (3, 1)), ((3, 4), (4, 5), (3,)),
-     ((3, 4), (0,), (3,))],
-)  # fmt: skip
+    [
+        ((2, 3, 4), (5, 4), (2, 3)),
+        ((2, 3, 4), (5, 4), (2,)),
+        ((3, 4), (5, 4), (2,)),
+        ((3, 4), (5, 4), (3, 1)),
+        ((3, 4), (4, 5), (3,)),
+        ((3, 4), (0,), (3,)),
+    ],
+)
 def test_shapes_that_do_not_fit_are_refused(hidden: Any, weight: Any, targets: Any) -> None:
     """The last one is a head's weight that ZeRO-3 has not gathered."""
     with pytest.raises(ValueError, match=r"hidden \(.*weight \(.*targets \(.*expected \(N, D\), \(V, D\), \(N,\)"):

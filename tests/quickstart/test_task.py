@@ -1,4 +1,4 @@
-"""The quickstart's task family: right answers, exactly the share of wrong ones, and nothing shared with the held-out set."""
+"""The quickstart's task family: right answers, exactly the share of wrong ones, nothing shared with held-out rows."""
 
 import json
 import random

@@ -54,9 +54,13 @@ def test_a_broken_file_is_named(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), atomic_file(tmp_path / "x.json") as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
+    def interrupted() -> None:
+        with atomic_file(tmp_path / "x.json") as temporary:
+            temporary.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        interrupted()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -7,17 +7,19 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
-from scoring.support import score_missing, as_rows, plain_reward, scorer
 
 from poft_plugin.data.rows import RowError
 from poft_plugin.scoring.cache import ScoreCache
 from poft_plugin.scoring.run import Share
+from scoring.support import as_rows, plain_reward, score_missing, scorer
 
 RELATIVE = 1e-4
 ROWS = tiny.chat_rows(12, seed=3) + tiny.chat_rows(4, seed=4, turns=3)
 
 
-def rewards(models: SimpleNamespace, folder: Path, order: list[int], batch_tokens: int, shares: int = 1) -> dict[str, float]:
+def rewards(
+    models: SimpleNamespace, folder: Path, order: list[int], batch_tokens: int, shares: int = 1
+) -> dict[str, float]:
     cache = ScoreCache(folder)
     rows = as_rows([ROWS[i] for i in order])
     for index in range(shares):
@@ -70,7 +72,9 @@ def test_truncation_cuts_the_end(models: SimpleNamespace, tmp_path: Path) -> Non
     whole, cut = scorer(models.short, cache), scorer(models.short, cache, on_long_row="truncate")
     long = next(i for i in range(20) if len(whole.prepare("00", rows.conversation(i), "x")) > 32)
     assert len(cut.prepare("00", rows.conversation(long), "x")) == 32
-    prompt_only = as_rows([{"messages": [{"role": "user", "content": "alpha " * 99}, {"role": "assistant", "content": "b"}]}])
+    prompt_only = as_rows(
+        [{"messages": [{"role": "user", "content": "alpha " * 99}, {"role": "assistant", "content": "b"}]}]
+    )
     with pytest.raises(RowError, match="row 7.*context of 32"):
         cut.prepare("00", prompt_only.conversation(0), "row 7")
 
@@ -131,7 +135,7 @@ def test_real_tokenizers(shared_data: Path, tmp_path: Path) -> None:
     """Random models under two real tokenizers, a few real rows, against the plain loop."""
     import gzip
 
-    lines = gzip.open(shared_data / "alpaca" / "alpaca.jsonl.gz", "rt").read().splitlines()[:6]
+    lines = gzip.decompress((shared_data / "alpaca" / "alpaca.jsonl.gz").read_bytes()).decode().splitlines()[:6]
     rows = [
         {"messages": [{"role": "user", "content": f"{r['instruction']} {r['input']}".strip()},
                       {"role": "assistant", "content": r["output"].strip()}]}

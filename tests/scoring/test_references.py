@@ -5,21 +5,22 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
-from scoring.support import as_rows, plain_reward
 
 from poft_plugin.config import PoftConfig
 from poft_plugin.data.columns import REFERENCE_LOGP
 from poft_plugin.data.preparation import RunContext
+from poft_plugin.scoring.cache import ScoreCache
 from poft_plugin.scoring.causal_lm import CausalLMScorer
 from poft_plugin.scoring.checkpoints import MissingCheckpointError, resolve_checkpoint
-from poft_plugin.scoring.cache import ScoreCache
-from poft_plugin.scoring.exchange import import_scores
+from poft_plugin.scoring.exchange import export_scores, import_scores
 from poft_plugin.scoring.references import reference_rewards
+from scoring.support import as_rows, plain_reward, scorer
 
 DATA = tiny.chat_rows(5, seed=2)
 ROWS = as_rows(DATA)
@@ -41,9 +42,7 @@ def test_mean_over_references(models: SimpleNamespace, tmp_path: Path, capsys: p
     assert "5 rows cached, 0 to score" in capsys.readouterr().out
 
 
-def test_only_what_is_new_is_scored(
-    models: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_what_is_new_is_scored(models: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One edited row scores one row; an added reference scores that reference; a beta scores nothing."""
     scored: list[tuple[str, int]] = []
     original = CausalLMScorer.score
@@ -74,7 +73,9 @@ def test_only_what_is_new_is_scored(
 
 def test_missing_scores_error(models: SimpleNamespace, tmp_path: Path) -> None:
     settings = config(tmp_path, {"model": str(models.ref_a)}, missing_scores="error")
-    with pytest.raises(ValueError, match=r"'ref_a': 5 of 5 rows have no cached score.*missing_scores.*axolotl poft score"):
+    with pytest.raises(
+        ValueError, match=r"'ref_a': 5 of 5 rows have no cached score.*missing_scores.*axolotl poft score"
+    ):
         reference_rewards(ROWS, settings, TRAIN)
     reference_rewards(ROWS, settings, PREPROCESS)
     reference_rewards(ROWS, settings, TRAIN)
@@ -85,18 +86,14 @@ def test_evaluation_scores_nothing(models: SimpleNamespace, tmp_path: Path) -> N
         reference_rewards(ROWS, config(tmp_path, {"model": str(models.ref_a)}), RunContext("evaluate"))
 
 
-def test_rows_longer_than_the_context(
-    models: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_longer_than_the_context(models: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = as_rows([*tiny.chat_rows(2, seed=1), {"messages": [{"role": "user", "content": "alpha " * 40},
                                                              {"role": "assistant", "content": "beta"}]}])  # fmt: skip
     load = CausalLMScorer.load
     monkeypatch.setattr(CausalLMScorer, "load", lambda *_: pytest.fail("loaded before all rows were looked at"))
     for _ in range(2):  # the second time from the cache's note of their lengths
         with pytest.raises(ValueError, match=r"'short': 3 of 3 rows are longer.*data.jsonl row 2.*on_long_row"):
-            reference_rewards(
-                data, config(tmp_path, {"model": str(models.ref_a)}, {"model": str(models.short)}), TRAIN
-            )
+            reference_rewards(data, config(tmp_path, {"model": str(models.ref_a)}, {"model": str(models.short)}), TRAIN)
     monkeypatch.setattr(CausalLMScorer, "load", load)
     with pytest.raises(ValueError, match=r"'short': \d of 3 rows are longer.*data.jsonl row 2.*on_long_row"):
         reference_rewards(data, config(tmp_path, {"model": str(models.short)}), TRAIN)
@@ -150,3 +147,26 @@ def test_a_hub_revision_that_has_moved(
     reference_rewards(ROWS, settings, TRAIN)
     with pytest.raises(MissingCheckpointError, match="cannot be reached"):
         resolve_checkpoint("org/never-downloaded", None, ScoreCache(tmp_path))
+
+    def no_network(*_: Any, **__: Any) -> None:
+        raise httpx.ConnectError("no network")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", no_network)
+    assert resolve_checkpoint("org/tiny", None, ScoreCache(tmp_path)).commit == second
+
+
+def test_imported_scores_of_another_scorer_are_not_used_silently(
+    models: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    half = config(tmp_path / "half", {"model": str(models.ref_a), "dtype": "bfloat16"})
+    found = reference_rewards(ROWS, half, TRAIN)
+    cache = ScoreCache(tmp_path / "half" / "cache")
+    identity = scorer(models.ref_a, cache, dtype="bfloat16").identity
+    lookup = cache.lookup(identity, ROWS.keys)
+    source = str(models.ref_a)
+    export_scores(tmp_path / "half.parquet", ROWS.keys, {source: lookup}, {source: identity})
+    import_scores(tmp_path / "half.parquet", [source], ROWS.keys, ScoreCache(tmp_path / "cache"))
+    capsys.readouterr()
+    again = reference_rewards(ROWS, config(tmp_path, {"model": source}), TRAIN)
+    assert "imported scores were made with other settings (dtype)" in capsys.readouterr().out
+    assert not np.array_equal(again.columns[REFERENCE_LOGP], found.columns[REFERENCE_LOGP])

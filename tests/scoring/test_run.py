@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import tiny
-from scoring.support import score_missing, as_rows, scorer
 
 from poft_plugin.data.preparation import RunContext
 from poft_plugin.data.rows import RowError
@@ -14,6 +13,7 @@ from poft_plugin.scoring import run as scoring_run
 from poft_plugin.scoring.cache import ScoreCache
 from poft_plugin.scoring.causal_lm import CausalLMScorer
 from poft_plugin.scoring.run import Share, accelerator, share_of
+from scoring.support import as_rows, score_missing, scorer
 
 ROWS = as_rows(tiny.chat_rows(10, seed=9))
 
@@ -53,7 +53,9 @@ def test_a_stopped_run_goes_on(models: SimpleNamespace, tmp_path: Path, monkeypa
     assert 0 < left < len(ROWS)
     again = score_missing(scorer(models.ref_a, cache), ROWS, cache, share=Share(0, 1), device="cpu", batch_tokens=80)
     assert again == left
-    assert score_missing(scorer(models.ref_a, cache), ROWS, cache, share=Share(0, 1), device="cpu", batch_tokens=80) == 0
+    assert (
+        score_missing(scorer(models.ref_a, cache), ROWS, cache, share=Share(0, 1), device="cpu", batch_tokens=80) == 0
+    )
 
 
 def test_nothing_is_loaded_where_nothing_is_missing(

@@ -1,1 +1,1 @@
-"""The Axolotl host: the only room that imports axolotl or trl."""
+"""The Axolotl host: the only room that imports axolotl."""

@@ -47,8 +47,13 @@ def plan(session: "Session", probe: int | None) -> None:
 
 @poft.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
 @CONFIG
-@click.option("--launcher", type=click.Choice(["python", "torchrun"]), default="python", show_default=True,
-              help="torchrun: over N processes, `--launcher torchrun -- --nproc_per_node=N`.")
+@click.option(
+    "--launcher",
+    type=click.Choice(["python", "torchrun"]),
+    default="python",
+    show_default=True,
+    help="torchrun: over N processes, `--launcher torchrun -- --nproc_per_node=N`.",
+)
 @click.option("--show", type=click.IntRange(min=1), help="Print which tokens are counted for this many rows, and stop.")
 @click.option("--num-shards", type=click.IntRange(min=1), help="Score one share of N by hand (with --shard).")
 @click.option("--shard", type=click.IntRange(min=0), help="Which share, from 0.")

@@ -125,9 +125,7 @@ def _selected(part: HostRows, keep: np.ndarray, why: str) -> HostRows:
     if not keep.any():
         raise ValueError(f"no rows left to train on: all {len(keep)} were left out {why}")
     attached = {name: values[keep] for name, values in part.rows.attached.items()}
-    return HostRows(
-        part.dataset.select(np.flatnonzero(keep)), Rows(part.rows.table.filter(pa.array(keep)), attached)
-    )
+    return HostRows(part.dataset.select(np.flatnonzero(keep)), Rows(part.rows.table.filter(pa.array(keep)), attached))
 
 
 def _finished(part: HostRows, prepared: Prepared) -> Dataset:

@@ -95,4 +95,3 @@ class PoftPlugin(BasePlugin):  # type: ignore[misc]
         from poft_plugin.hosts.axolotl.callbacks import LogOnce
 
         return [LogOnce(trainer, self._statistics)]
-

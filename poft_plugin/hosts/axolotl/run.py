@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from poft_plugin.config import RowFilterConfig, parse_block
+from poft_plugin.config import RowFilterConfig, parse_block, settings_model
 from poft_plugin.hosts.axolotl.args import TAKEN_OVER
 from poft_plugin.hosts.axolotl.checks import check_settings
 from poft_plugin.hosts.axolotl.entries import take_over_entries
@@ -84,6 +84,8 @@ def _filters(cfg: Mapping[str, Any], settings: BaseModel) -> tuple[tuple[str, di
         if entry.name not in registry().row_filters:
             known = ", ".join(sorted(registry().row_filters))
             raise ValueError(f"row_filters[{number}].name: {entry.name!r} is not registered; known: {known}")
+        model = settings_model(registry().row_filters[entry.name])
+        parse_block(model, entry.settings(), f"row_filters[{number}]")
     filters = [(entry.name, entry.settings()) for entry in entries]
     percent = getattr(settings, "keep_top_percent", 100.0)
     if percent < 100:

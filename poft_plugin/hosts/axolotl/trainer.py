@@ -16,10 +16,10 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from poft_plugin.data.collate import GROUP_IDS, SEQUENCE_IDS
-from poft_plugin.data.columns import REFERENCE_LOGP, ROW_INDEX
+from poft_plugin.data.columns import ROW_INDEX
+from poft_plugin.data.preparation import RunContext
 from poft_plugin.hosts.axolotl.datasets import attach_columns
 from poft_plugin.hosts.axolotl.run import MethodRun
-from poft_plugin.data.preparation import RunContext
 from poft_plugin.losses import install_response_forward, mean_logps, response_positions
 from poft_plugin.losses.head import check_head
 from poft_plugin.trainers.metrics import MetricSums, merged
@@ -130,9 +130,9 @@ class SampleMeanTrainer(Trainer):
         self.starved = self.starved + 1 if coefficient is not None and coefficient < STARVED else 0
         if self.starved == STARVED_LOGS:
             LOG.warning(
-                f"the mean coefficient has stayed below {STARVED} for {STARVED_LOGS} logs: rows hardly train. The policy "
-                f"beats its references by far (see poft/policy_reward and {REFERENCE_LOGP}); a wrong chat template of "
-                "a reference looks like that, too: `axolotl poft score --show 3`"
+                f"the mean coefficient has stayed below {STARVED} for {STARVED_LOGS} logs: rows hardly train. The "
+                "policy beats its references by far (compare poft/policy_reward with poft/reference_reward); a wrong chat "
+                "template of a reference looks like that, too: `axolotl poft score CONFIG --show 3`"
             )
 
 

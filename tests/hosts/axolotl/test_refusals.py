@@ -48,6 +48,8 @@ def config(models: SimpleNamespace, folder: Path, **settings: Any) -> Path:
         ({"rl_beta": 0.1}, r"rl_beta: 0.1.*set `beta`"),
         ({"remove_unused_columns": True}, r"remove_unused_columns: True"),
         ({"datasets": [{"path": "x.jsonl"}]}, r"datasets\[0\]: no `type:`"),
+        ({"row_filters": [{"name": "keep_top_percent", "percent": 150}]}, r"row_filters\[0\]\.percent: .*150"),
+        ({"row_filters": [{"name": "keep_top_percent", "pct": 5}]}, r"row_filters\[0\]\.percent: missing"),
         ({"row_filters": [{"name": "nope"}]}, r"row_filters\[0\].name: 'nope' is not registered.*keep_top_percent"),
     ],
 )

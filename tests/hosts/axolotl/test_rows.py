@@ -79,7 +79,7 @@ def answer(text: str, counted: bool = True) -> Turn:
         ),
         (
             {"q": "one", "a": "two"},
-            {"type": {"field_instruction": "q", "field_output": "a", "format": "{instruction} ", "no_input_format": "{instruction} "}},
+            {"type": {"field_instruction": "q", "field_output": "a", "no_input_format": "{instruction} "}},
             (user("one"), answer("two")),
         ),
     ],
@@ -114,7 +114,11 @@ def test_refused_rows_and_masks(
 @pytest.mark.parametrize(
     ("row", "entry", "message"),
     [
-        ({"text": "hello there"}, {"type": "completion"}, r"datasets\[0\] .*'completion' is not supported. What works: chat_template, alpaca"),
+        (
+            {"text": "hello there"},
+            {"type": "completion"},
+            r"datasets\[0\] .*'completion' is not supported. What works: chat_template, alpaca",
+        ),
         (
             {"input_ids": [1, 2], "labels": [1, 2], "attention_mask": [1, 1]},
             {"type": "alpaca"},
