@@ -1,11 +1,11 @@
 """The block `poft:`: its defaults, and every refusal with key, value and remedy."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
-from poft_plugin.config import PoftConfig, ReferenceConfig, RowFilterConfig, parse_block
+from poft_plugin.config import PoftConfig, ReferenceConfig, RowFilterConfig, parse_block, settings_model
 
 
 def poft(**settings: Any) -> PoftConfig:
@@ -189,3 +189,30 @@ def test_a_row_filter_hands_its_own_settings_on() -> None:
     assert RowFilterConfig(name="all").settings() == {}
     with pytest.raises(ValueError, match=r"^row_filters\.0\.name: missing; Name of a registered row filter"):
         parse_block(RowFilterConfig, {"max_words": 9}, "row_filters.0")
+
+
+def keep_short(rows: Any, *, words: Annotated[int, Field(ge=1)], by: str = "turn") -> None:
+    """A row filter of another package."""
+
+
+def keep_unknown(rows: Any, *, words: "Nowhere", by: "str" = "turn") -> None:  # type: ignore[name-defined]  # noqa: F821
+    """A row filter whose annotation only a type checker can read."""
+
+
+def test_a_filters_settings_are_its_keyword_only_parameters() -> None:
+    assert parse_block(settings_model(keep_short), {"words": "3"}, "short").model_dump() == {"words": 3, "by": "turn"}
+    assert parse_block(settings_model(keep_unknown), {"words": "3"}, "x").model_dump() == {"words": "3", "by": "turn"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, r"words: missing"),
+        ({"words": 0}, r"words: .*greater than or equal to 1 \(given: 0\)"),
+        ({"words": 3, "word": 3}, r"word: unknown key; allowed here: by, words"),
+        ({"words": 3, "rows": []}, r"rows: unknown key"),
+    ],
+)
+def test_refusals_of_a_filters_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"^row_filters\.0\.{message}"):
+        parse_block(settings_model(keep_short), settings, "row_filters.0")

@@ -73,7 +73,7 @@ def toy_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 
 def test_what_the_project_ships_comes_in_by_its_entry_point() -> None:
     found = plugins.registry()
-    assert plugins.manager().get_plugin("methods") is methods
+    assert plugins.manager().is_registered(methods)
     assert {method.name: method for method in METHODS} == {"poft": found.methods["poft"]}
     assert {"poft"} <= found.losses.keys()
     assert {"reference_rewards"} <= found.preprocessors.keys()

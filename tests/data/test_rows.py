@@ -104,6 +104,11 @@ def test_a_row_is_named_by_data_set_position_and_key() -> None:
     assert table.conversation(1) == (QUESTION, ANSWER)
 
 
+def test_a_key_names_its_first_row() -> None:
+    table = rows((QUESTION,), (ANSWER,), (ANSWER,))
+    assert table.where_key(row_key((ANSWER,))) == table.where(1)
+
+
 def test_groups() -> None:
     table = rows((QUESTION,), (ANSWER,), (QUESTION,), sources=["a", "b", "a"], groups=["x", "x", "y"])
     assert len(set(table.groups("none").tolist())) == 1

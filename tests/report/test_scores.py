@@ -75,7 +75,7 @@ def test_warnings_name_what_looks_wrong_and_what_to_do() -> None:
     assert len(found) == 2
     assert f"'zephyr' gives other {low:.2f} nats per token" in found[0]
     assert f"'zephyr' and 'yi' hardly agree on the rows (rank correlation {apart:.2f})" in found[1]
-    assert all("chat template" in warning and "`axolotl poft score --show 3`" in warning for warning in found)
+    assert all("chat template" in warning and "`axolotl poft score CONFIG --show 3`" in warning for warning in found)
 
 
 def test_the_table_has_a_line_per_reference_and_data_set() -> None:

@@ -131,8 +131,8 @@ class SampleMeanTrainer(Trainer):
         if self.starved == STARVED_LOGS:
             LOG.warning(
                 f"the mean coefficient has stayed below {STARVED} for {STARVED_LOGS} logs: rows hardly train. The "
-                "policy beats its references by far (compare poft/policy_reward with poft/reference_reward); a wrong chat "
-                "template of a reference looks like that, too: `axolotl poft score CONFIG --show 3`"
+                "policy beats its references by far (compare poft/policy_reward with poft/reference_reward); a wrong "
+                "chat template of a reference looks like that, too: `axolotl poft score CONFIG --show 3`"
             )
 
 
