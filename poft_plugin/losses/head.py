@@ -5,7 +5,7 @@ Nothing here imports transformers: a model is anything with `get_decoder()`, `ge
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
+from inspect import Parameter, ismethod, signature
 from types import MethodType
 from typing import Any
 
@@ -73,8 +73,8 @@ def install_response_forward(model: nn.Module) -> LanguageModel:
         ValueError: as `language_model`.
     """
     parts, inner = language_model(model), _unwrapped(model)
-    inner.forward = _response_forward(inner, parts, inner.forward)
-    parts.head.forward = _head_forward(parts, parts.head.forward)  # type: ignore[method-assign]
+    _replace_forward(inner, _response_forward)
+    _replace_forward(parts.head, lambda original: _head_forward(original, parts.transform))
     return parts
 
 
@@ -126,34 +126,44 @@ def _linear_head(model: Any) -> nn.Linear:
     return head
 
 
-def _response_forward(model: Any, parts: LanguageModel, original: Callable[..., Any]) -> Callable[..., Any]:
-    """A bound method, as accelerate expects when it wraps and unwraps a model's forward for mixed precision."""
+def _replace_forward(module: nn.Module, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Gives the module another forward that is, as the class's own, a bound method of the same signature.
 
-    @wraps(getattr(original, "__func__", original))
+    A deep copy (PEFT makes one of a saved head) then runs on its own weights, and accelerate, which wraps the function
+    below a bound method for mixed precision and follows `__wrapped__` to unwrap it, ends where it began: here.
+    """
+    forward: Any = module.forward
+    own = ismethod(forward) and forward.__self__ is module
+    replacement: Any = make(forward.__func__ if own else lambda _, *args, **kwargs: forward(*args, **kwargs))
+    shown = signature(forward)
+    itself = Parameter("self", Parameter.POSITIONAL_ONLY)
+    replacement.__signature__ = shown.replace(parameters=[itself, *shown.parameters.values()])
+    module.forward = MethodType(replacement, module)
+
+
+def _response_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward(
-        self: Any,
+        model: Any,
         *args: Any,
         response_positions: Tensor | None = None,
         response_targets: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         if response_targets is None or response_positions is None:
-            return original(*args, **kwargs)
+            return original(model, *args, **kwargs)
         inputs = {name: value for name, value in kwargs.items() if value is not None}
-        hidden = parts.decoder(*args, **inputs)[0]
+        hidden = model.get_decoder()(*args, **inputs)[0]
         picked = hidden.flatten(0, 1).index_select(0, response_positions.to(hidden.device))
-        return self.get_output_embeddings()(picked, response_targets=response_targets)
+        return model.get_output_embeddings()(picked, response_targets=response_targets)
 
-    return MethodType(forward, model)
+    return forward
 
 
-def _head_forward(parts: LanguageModel, original: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
-    head = parts.head
-
-    def forward(hidden: Tensor, response_targets: Tensor | None = None) -> Tensor:
+def _head_forward(original: Callable[..., Tensor], transform: LogitTransform) -> Callable[..., Tensor]:
+    def forward(head: nn.Linear, hidden: Tensor, response_targets: Tensor | None = None) -> Tensor:
         if response_targets is None:
-            return original(hidden)
+            return original(head, hidden)
         targets = response_targets.to(hidden.device)
-        return token_logps(hidden, head.weight, targets, head.bias, transform=parts.transform)
+        return token_logps(hidden, head.weight, targets, head.bias, transform=transform)
 
     return forward

@@ -9,6 +9,7 @@ import hosting
 import pytest
 import tiny
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROWS = tiny.chat_rows(11, seed=8)
 
@@ -102,8 +103,9 @@ def test_eval_loss_is_a_mean_over_every_row(models: SimpleNamespace, tmp_path: P
 
 
 def test_val_set_size_rows_are_scored_and_never_filtered(models: SimpleNamespace, tmp_path: Path) -> None:
+    logging = {"use_tensorboard": True, "include_tkps": True}
     run = hosting.train(
-        config(models, tmp_path, val_set_size=3, eval_steps=1, max_steps=1, poft={"keep_top_percent": 25})
+        config(models, tmp_path, val_set_size=3, eval_steps=1, max_steps=1, poft={"keep_top_percent": 25}, **logging)
     )
     assert len(run.trainer.eval_dataset) == 3
     assert len(run.trainer.train_dataset) == 2
@@ -111,6 +113,24 @@ def test_val_set_size_rows_are_scored_and_never_filtered(models: SimpleNamespace
     statistics = run.trainer.state.log_history[0]
     assert "poft/reference/ref_a/data.jsonl/mean" in statistics
     assert "poft/reference_correlation/ref_a/ref_b" in statistics
+    assert run.logs[0]["tokens/trainable"] > 0  # the host's own counting goes on
+    events = EventAccumulator(str(next((tmp_path / "out").rglob("events.out.tfevents.*")).parent)).Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"train/poft/coefficient", "eval/poft/coefficient", "train/learning_rate", "train/loss"} <= tags
+    assert any(tag.endswith("poft/reference/ref_a/data.jsonl/mean") for tag in tags)
+
+
+def test_exact_deduplication_still_finds_equal_rows(models: SimpleNamespace, tmp_path: Path) -> None:
+    """Equal rows within an entry and across entries: our own columns must not tell them apart."""
+    tiny.write_jsonl(tmp_path / "data.jsonl", [*ROWS[:4], ROWS[0]])
+    tiny.write_jsonl(tmp_path / "more.jsonl", [ROWS[1], ROWS[5]])
+    entries = [
+        {"path": str(tmp_path / n), "ds_type": "json", "type": "chat_template"} for n in ("data.jsonl", "more.jsonl")
+    ]
+    settings = {"datasets": entries, "max_steps": 1}
+    assert len(hosting.train(config(models, tmp_path, **settings)).trainer.train_dataset) == 7
+    once = hosting.train(config(models, tmp_path, dataset_exact_deduplication=True, **settings))
+    assert len(once.trainer.train_dataset) == 5
 
 
 def test_preprocess_then_train_loads_no_reference(

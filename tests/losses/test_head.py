@@ -1,12 +1,16 @@
 """The forward that stops at the response tokens, on every family of logit transforms that we know."""
 
+import copy
 import inspect
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import oracles
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import extract_model_from_parallel
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import (
@@ -20,26 +24,17 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from poft_plugin.losses import LogitTransform, install_response_forward, language_model
+from poft_plugin.losses import LogitTransform, head, install_response_forward, language_model
 from poft_plugin.losses.head import check_head
 
 VOCABULARY = 53
 IDS = torch.tensor([[3, 9, 4, 1, 5, 51, 2, 6, 5], [2, 7, 1, 8, 2, 8, 1, 8, 2]])
 CPU = torch.device("cpu")
 SIZES: dict[str, Any] = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 32,
-    "initializer_range": 0.5,
-    "attn_implementation": "eager",
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
+    "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32, "initializer_range": 0.5,
+    "attn_implementation": "eager", "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
+}  # fmt: skip
 
 
 class TripledLlama(LlamaForCausalLM):
@@ -211,18 +206,59 @@ def test_works_below_peft(settings: dict[str, Any]) -> None:
 
 
 def test_works_below_a_wrapper_such_as_ddp() -> None:
-    class Wrapper(nn.Module):
-        def __init__(self, module: nn.Module) -> None:
-            super().__init__()
-            self.module = module
-
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            return self.module(*args, **kwargs)
-
-    wrapped = Wrapper(with_lora(target_modules=["q_proj"]))
+    wrapped = nn.DataParallel(with_lora(target_modules=["q_proj"]))
     expected = by_own_logits(wrapped)
     install_response_forward(wrapped)
     torch.testing.assert_close(all_but_first(wrapped), expected)
+
+
+def test_a_deep_copy_answers_with_its_own_weights(family: tuple[Any, LogitTransform]) -> None:
+    model, _ = family
+    install_response_forward(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.5)
+    expected = by_own_logits(seeded(lambda: family[0].__class__(model.config)))
+    torch.testing.assert_close(all_but_first(twin), expected)
+    torch.testing.assert_close(by_own_logits(twin), expected)
+
+
+def test_peft_may_come_after() -> None:
+    """It copies a head that is to be saved, and training moves the copy."""
+    model = llama()
+    install_response_forward(model)
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])).eval()
+    saved = wrapped.get_base_model().lm_head.modules_to_save["default"]
+    (gradient,) = torch.autograd.grad(all_but_first(wrapped).sum(), saved.weight)
+    assert gradient.abs().max() > 0
+
+
+def test_accelerate_wraps_and_unwraps_it_for_mixed_precision() -> None:
+    model = llama().float()
+    install_response_forward(model)
+    expected = all_but_first(model)
+    prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
+    assert (all_but_first(prepared) - expected).abs().max() > 0  # products in bfloat16
+    unwrapped = extract_model_from_parallel(prepared, keep_fp32_wrapper=False)
+    torch.testing.assert_close(all_but_first(unwrapped), expected, rtol=0, atol=0)
+
+
+def test_a_forward_that_was_replaced_before_is_kept() -> None:
+    """Hooks of others set a plain function on the instance."""
+    model, calls = llama(), []
+    expected, forward = by_own_logits(model), model.forward
+
+    @wraps(forward)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append("model")
+        return forward(*args, **kwargs)
+
+    model.forward = counted
+    install_response_forward(model)
+    torch.testing.assert_close(by_own_logits(model), expected, rtol=0, atol=0)
+    assert calls == ["model"]
+    assert inspect.signature(model.forward) == inspect.signature(forward)
 
 
 def test_a_head_wrapped_by_lora_is_refused() -> None:
@@ -239,10 +275,10 @@ def test_check_refuses_an_unknown_transform() -> None:
 
 
 @pytest.mark.parametrize("name", ["gemma2", "cohere", "granite"])
-def test_check_refuses_a_forgotten_transform(name: str) -> None:
+def test_check_refuses_a_forgotten_transform(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "LogitTransform", lambda *_: LogitTransform())
     model = seeded(FAMILIES[name][0])
     parts = install_response_forward(model)
-    object.__setattr__(parts, "transform", LogitTransform())
     with pytest.raises(ValueError, match="cannot be used"):
         check_head(model, parts.transform, VOCABULARY, CPU)
 

@@ -74,6 +74,9 @@ class MethodStrategy(DatasetWrappingStrategy):
         if len(tokens) != len(rows):
             raise ValueError(f"{label}: its `type` drops rows while tokenizing; such a type is not supported")
         _check_labels(tokens, rows, label)
+        if self.cfg.dataset_exact_deduplication:
+            run = tuple(entry[SALT_FIELD] for entry in self.cfg.datasets)
+            rows = _named_alike(rows, _FIRST_ROWS.setdefault(run, {}))
         return concatenate_datasets([tokens, rows], axis=1)
 
     def _strategy(self, dataset: Dataset) -> PromptTokenizingStrategy:
@@ -140,6 +143,23 @@ def _read_row(
             raise RowError(f"{where}: no value in the column {group_column!r} that rows are to be ranked within")
         columns[GROUP] = str(row[group_column])
     return columns
+
+
+_FIRST_ROWS: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}
+"""Where each row key was met first, for each list of entries that this process has prepared."""
+
+
+def _named_alike(rows: Dataset, first: dict[str, dict[str, Any]]) -> Dataset:
+    """Gives all rows of one key the first one's data set and number.
+
+    The host's exact de-duplication compares whole rows: with names of their own, equal rows would all stay.
+    """
+    names = [name for name in (SOURCE, ROW_NUMBER, GROUP) if name in rows.column_names]
+    named = [
+        first.setdefault(row[ROW_KEY], {name: row[name] for name in names})
+        for row in rows.select_columns([ROW_KEY, *names])
+    ]
+    return concatenate_datasets([rows.remove_columns(names), Dataset.from_list(named)], axis=1)
 
 
 def _check_labels(tokens: Dataset, rows: Dataset, label: str) -> None:

@@ -155,7 +155,14 @@ class MethodTrainer(AxolotlTrainer, SampleMeanTrainer):
         the evaluation loop different numbers of times. Rows that are repeated to even them out count once.
         """
         if is_training:
-            return super()._get_dataloader(dataset, *args, is_training=True, **kwargs)
+            loader = super()._get_dataloader(dataset, *args, is_training=True, **kwargs)
+            if len(loader) == 0:
+                raise ValueError(
+                    f"nothing to train on: {len(dataset)} rows, packed into batches of micro_batch_size "
+                    f"{self.args.per_device_train_batch_size} x sequence_len {self.args.max_seq_length}, are fewer batches "
+                    f"than the {self.args.world_size} processes. Lower one of them"
+                )
+            return loader
         drop_last, even = self.args.dataloader_drop_last, self.accelerator.even_batches
         self.args.dataloader_drop_last, self.accelerator.even_batches = False, True
         try:
