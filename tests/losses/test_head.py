@@ -4,25 +4,16 @@ import copy
 import inspect
 from collections.abc import Callable
 from functools import wraps
+from types import MethodType
 from typing import Any
 
 import oracles
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.utils import extract_model_from_parallel
+from accelerate.utils import convert_outputs_to_fp32, extract_model_from_parallel
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import (
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from poft_plugin.losses import LogitTransform, head, install_response_forward, language_model
 from poft_plugin.losses.head import check_head
@@ -55,16 +46,18 @@ class BiasedLlama(LlamaForCausalLM):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=True)
 
 
+def build(kind: str, **settings: Any) -> Any:
+    """A tiny model of an architecture."""
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES | settings))
+
+
 FAMILIES: dict[str, tuple[Callable[[], Any], LogitTransform]] = {
-    "llama": (lambda: LlamaForCausalLM(LlamaConfig(**SIZES)), LogitTransform()),
-    "llama-tied": (lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)), LogitTransform()),
+    "llama": (lambda: build("llama"), LogitTransform()),
+    "llama-tied": (lambda: build("llama", tie_word_embeddings=True), LogitTransform()),
     "bias": (lambda: BiasedLlama(LlamaConfig(**SIZES)), LogitTransform()),
-    "gemma2": (
-        lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=2.0)),
-        LogitTransform(soft_cap=2.0),
-    ),
-    "cohere": (lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.25)), LogitTransform(scale=0.25)),
-    "granite": (lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=8.0)), LogitTransform(scale=1 / 8)),
+    "gemma2": (lambda: build("gemma2", head_dim=8, final_logit_softcapping=2.0), LogitTransform(soft_cap=2.0)),
+    "cohere": (lambda: build("cohere", logit_scale=0.25), LogitTransform(scale=0.25)),
+    "granite": (lambda: build("granite", logits_scaling=8.0), LogitTransform(scale=1 / 8)),
 }
 
 
@@ -84,9 +77,9 @@ def seeded(make: Callable[[], Any]) -> Any:
     return model
 
 
-def llama() -> Any:
+def llama(**settings: Any) -> Any:
     """The plain one."""
-    return seeded(FAMILIES["llama"][0])
+    return seeded(lambda: build("llama", **settings))
 
 
 def with_lora(**settings: Any) -> Any:
@@ -97,12 +90,11 @@ def with_lora(**settings: Any) -> Any:
 
 def all_but_first(model: Any, ids: Tensor = IDS, **settings: Any) -> Tensor:
     """Token log-probabilities `(R, L - 1)` by the response forward."""
-    rows, length = ids.shape
-    positions = torch.arange(rows * length).view(rows, length)[:, :-1].flatten()
+    positions = torch.arange(ids.numel()).view_as(ids)[:, :-1].flatten()
     logps: Tensor = model(
         input_ids=ids, response_positions=positions, response_targets=ids[:, 1:].flatten(), use_cache=False, **settings
     )
-    return logps.view(rows, length - 1)
+    return logps.view(len(ids), -1)
 
 
 def by_own_logits(model: Any, ids: Tensor = IDS, **settings: Any) -> Tensor:
@@ -162,7 +154,7 @@ def test_ordinary_forward_and_generate_stay_as_they_were(family: tuple[Any, Logi
 
 def test_the_decoder_gets_the_mask_and_the_positions() -> None:
     """Left padding with position ids changes nothing for the tokens."""
-    model = seeded(lambda: LlamaForCausalLM(LlamaConfig(**SIZES | {"attn_implementation": "sdpa"})))
+    model = llama(attn_implementation="sdpa")
     expected = by_own_logits(model)[:1]
     install_response_forward(model)
     padded = torch.cat([torch.full((1, 3), 2), IDS[:1]], dim=1)
@@ -235,12 +227,14 @@ def test_peft_may_come_after() -> None:
 
 
 def test_accelerate_wraps_and_unwraps_it_for_mixed_precision() -> None:
+    """As `Accelerator.prepare_model` does."""
     model = llama().float()
     install_response_forward(model)
     expected = all_but_first(model)
-    prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model)
-    assert (all_but_first(prepared) - expected).abs().max() > 0  # products in bfloat16
-    unwrapped = extract_model_from_parallel(prepared, keep_fp32_wrapper=False)
+    model._original_forward, below = model.forward, model.forward.__func__
+    model.forward = MethodType(convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(below)), model)
+    assert (all_but_first(model) - expected).abs().max() > 0  # products in bfloat16
+    unwrapped = extract_model_from_parallel(model, keep_fp32_wrapper=False)
     torch.testing.assert_close(all_but_first(unwrapped), expected, rtol=0, atol=0)
 
 
@@ -269,18 +263,18 @@ def test_a_head_wrapped_by_lora_is_refused() -> None:
 
 def test_check_refuses_an_unknown_transform() -> None:
     model = seeded(lambda: TripledLlama(LlamaConfig(**SIZES)))
-    parts = install_response_forward(model)
+    install_response_forward(model)
     with pytest.raises(ValueError, match=r"TripledLlama: .* its own logits by .* nats; .*cannot be used"):
-        check_head(model, parts.transform, VOCABULARY, CPU)
+        check_head(model, LogitTransform(), VOCABULARY, CPU)
 
 
 @pytest.mark.parametrize("name", ["gemma2", "cohere", "granite"])
 def test_check_refuses_a_forgotten_transform(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head, "LogitTransform", lambda *_: LogitTransform())
     model = seeded(FAMILIES[name][0])
-    parts = install_response_forward(model)
+    install_response_forward(model)
     with pytest.raises(ValueError, match="cannot be used"):
-        check_head(model, parts.transform, VOCABULARY, CPU)
+        check_head(model, LogitTransform(), VOCABULARY, CPU)
 
 
 def test_check_refuses_log_probabilities_that_are_not_numbers() -> None:
@@ -296,13 +290,11 @@ def test_check_refuses_log_probabilities_that_are_not_numbers() -> None:
 def test_check_accepts_rounding_in_bfloat16(name: str) -> None:
     """Gemma 2 rounds its soft-capped logits to bfloat16; ours stay in float32."""
     model = seeded(FAMILIES[name][0]).bfloat16()
-    parts = install_response_forward(model)
-    check_head(model, parts.transform, VOCABULARY, CPU)
+    check_head(model, install_response_forward(model).transform, VOCABULARY, CPU)
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_check_runs_without_dropout_and_leaves_the_mode_as_it_was(training: bool) -> None:
-    model = seeded(lambda: LlamaForCausalLM(LlamaConfig(**SIZES, attention_dropout=0.5))).train(training)
-    parts = install_response_forward(model)
-    check_head(model, parts.transform, VOCABULARY, CPU)
+    model = llama(attention_dropout=0.5).train(training)
+    check_head(model, install_response_forward(model).transform, VOCABULARY, CPU)
     assert model.training is training

@@ -159,8 +159,8 @@ class MethodTrainer(AxolotlTrainer, SampleMeanTrainer):
             if len(loader) == 0:
                 raise ValueError(
                     f"nothing to train on: {len(dataset)} rows, packed into batches of micro_batch_size "
-                    f"{self.args.per_device_train_batch_size} x sequence_len {self.args.max_seq_length}, are fewer batches "
-                    f"than the {self.args.world_size} processes. Lower one of them"
+                    f"{self.args.per_device_train_batch_size} x sequence_len {self.args.max_seq_length}, are fewer "
+                    f"batches than the {self.args.world_size} processes. Lower one of them"
                 )
             return loader
         drop_last, even = self.args.dataloader_drop_last, self.accelerator.even_batches
