@@ -5,13 +5,30 @@ from inspect import signature
 from pathlib import PurePosixPath
 from typing import Any, Literal, TypeVar, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 
 class Block(BaseModel):
     """Base of every config block: frozen, and a key that it does not know is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, str_min_length=1)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        expected = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and expected in (int, float):
+            raise ValueError("expected a number, not true or false")
+        return value
 
 
 class ReferenceConfig(Block):
@@ -57,7 +74,7 @@ class ReferenceConfig(Block):
     @property
     def label(self) -> str:
         """The name in tables."""
-        return self.name or PurePosixPath(str(self.model).rstrip("/")).name
+        return self.name or PurePosixPath(str(self.model)).name or str(self.model)
 
     @property
     def source(self) -> str:
@@ -112,6 +129,12 @@ class RowFilterConfig(BaseModel):
         return dict(self.model_extra or {})
 
 
+class OpenBlock(Block):
+    """A block that takes further keys: settings of a function with `**settings`."""
+
+    model_config = ConfigDict(extra="allow")
+
+
 def settings_model(function: Callable[..., Any]) -> type[BaseModel]:
     """A block out of a function's keyword-only parameters, their annotations and defaults.
 
@@ -128,7 +151,9 @@ def settings_model(function: Callable[..., Any]) -> type[BaseModel]:
     fields: dict[str, Any] = {
         p.name: (hints.get(p.name, Any), ... if p.default is p.empty else p.default) for p in parameters
     }
-    return create_model(f"{function.__name__}_settings", __base__=Block, **fields)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature(function).parameters.values())
+    base = OpenBlock if takes_any else Block
+    return create_model(f"{getattr(function, '__name__', 'filter')}_settings", __base__=base, **fields)
 
 
 AnyBlock = TypeVar("AnyBlock", bound=BaseModel)
@@ -150,7 +175,11 @@ def parse_block(model: type[AnyBlock], raw: Any, key: str) -> AnyBlock:
     try:
         return model.model_validate(dict(raw))
     except ValidationError as error:
-        lines = [_explain(model, key, detail) for detail in error.errors()]
+        details = error.errors()
+        nested = {detail["loc"][0] for detail in details if len(detail["loc"]) > 1}
+        # a list whose entries are wrong is not, besides, too short
+        shown = [d for d in details if not (d["type"] == "too_short" and d["loc"][0] in nested)]
+        lines = [_explain(model, key, detail) for detail in shown]
         raise ValueError("\n".join(lines)) from None
 
 

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pluggy
@@ -40,7 +41,11 @@ def manager() -> pluggy.PluginManager:
     if os.environ.get(OURS_ONLY):
         plugin_manager.register(importlib.import_module("poft_plugin.methods"))
     else:
-        plugin_manager.load_setuptools_entrypoints(hookspecs.GROUP)
+        # not pluggy's own loading: it leaves out, silently, an entry point whose name another package uses too
+        for entry in entry_points(group=hookspecs.GROUP):
+            plugin = entry.load()
+            if not plugin_manager.is_registered(plugin):
+                plugin_manager.register(plugin, name=entry.value)
     plugin_manager.check_pending()
     return plugin_manager
 

@@ -84,6 +84,9 @@ def test_a_number_that_yaml_reads_as_text_is_a_number() -> None:
     ("settings", "message"),
     [
         ({"beta": 0}, r"poft\.beta: .*greater than 0 \(given: 0\)"),
+        ({"beta": True}, r"poft\.beta: expected a number, not true or false"),
+        ({"keep_top_percent": True}, r"poft\.keep_top_percent: expected a number"),
+        ({"keep_within": ""}, r"poft\.keep_within: .*at least 1 character"),
         ({"beta": -1.5}, r"poft\.beta: .*greater than 0 \(given: -1\.5\)"),
         ({"beta": float("inf")}, r"poft\.beta: .*finite number \(given: inf\)"),
         ({"beta": "much"}, r"poft\.beta: .*valid number.* \(given: 'much'\)"),
@@ -102,6 +105,20 @@ def test_a_number_that_yaml_reads_as_text_is_a_number() -> None:
 def test_refusals_of_the_block(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         poft(**settings)
+
+
+def test_a_wrong_reference_is_the_only_complaint() -> None:
+    with pytest.raises(ValueError, match=r"^poft\.references\.0\.dtyp: unknown key[^\n]*$"):
+        poft(references=[{"model": "org/yi", "dtyp": "auto"}])
+
+
+def test_settings_of_a_filter_with_any_keyword() -> None:
+    def keep(rows: object, *, words: int = 3, **settings: object) -> None: ...
+
+    model = settings_model(keep)
+    assert parse_block(model, {"more": 1}, "row_filters[0]").model_dump() == {"words": 3, "more": 1}
+    with pytest.raises(ValueError, match=r"row_filters\[0\]\.words"):
+        parse_block(model, {"words": "many"}, "row_filters[0]")
 
 
 def test_missing_references_are_named_with_what_they_are() -> None:

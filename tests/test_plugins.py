@@ -61,6 +61,19 @@ def installed(folder: Path, source: str) -> None:
     (info / "entry_points.txt").write_text("[poft_plugin]\ntoy = toy_package\n")
 
 
+def test_two_packages_may_call_their_entry_point_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pluggy itself would leave the second one out without a word."""
+    for number in (1, 2):
+        code = "from poft_plugin.hookspecs import hookimpl\n@hookimpl\ndef register_losses(register):\n"
+        (tmp_path / f"alike_{number}.py").write_text(f"{code}    register('alike_{number}', print)\n")
+        info = tmp_path / f"alike_{number}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: alike-{number}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[poft_plugin]\nmethods = alike_{number}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert {"alike_1", "alike_2", "poft"} <= plugins.registry().losses.keys()
+
+
 @pytest.fixture
 def toy_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An installed package that registers a loss."""

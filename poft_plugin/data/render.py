@@ -210,7 +210,7 @@ def _find_contents(text: str, pieces: list[str], contents: list[str]) -> list[tu
     position = len(pieces[0])
     for number, (content, after) in enumerate(zip(contents, pieces[1:], strict=True)):
         last = number == len(contents) - 1
-        for form in (content, content.strip(), content.rstrip(), content.lstrip()):
+        for form in _forms(content):
             end = position + len(form)
             fits = text[end:] == after if last else text.startswith(after, end)
             if form and text.startswith(form, position) and fits:
@@ -220,6 +220,12 @@ def _find_contents(text: str, pieces: list[str], contents: list[str]) -> list[tu
         spans.append((position, end))
         position = end + len(after)
     return spans
+
+
+def _forms(content: str) -> list[str]:
+    """What templates make of a text: as it is, or without white space, or without newlines, at either end."""
+    strips = (str.strip, str.rstrip, str.lstrip)
+    return [content, *(f(content) for f in strips), *(f(content, "\n") for f in strips)]
 
 
 def _counted_tokens(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:
