@@ -106,6 +106,12 @@ class PoftConfig(Block):
     )
 
     @model_validator(mode="after")
+    def _within_what(self) -> "PoftConfig":
+        if self.keep_within != "none" and self.keep_top_percent == 100:
+            raise ValueError(f"keep_within: {self.keep_within} does nothing without `keep_top_percent:` below 100")
+        return self
+
+    @model_validator(mode="after")
     def _distinct_references(self) -> "PoftConfig":
         for attribute, what in (("source", "model"), ("label", "name")):
             seen: set[str] = set()
@@ -187,6 +193,8 @@ def _explain(model: type[BaseModel], key: str, detail: Any) -> str:
     path = ".".join([key, *map(str, detail["loc"])])
     if detail["type"] == "extra_forbidden":
         return f"{path}: unknown key; allowed here: {', '.join(_allowed(model, detail['loc']))}"
+    if detail["type"] == "too_short":
+        return f"{path}: empty; {_description(model, detail['loc'])}"
     if detail["type"] == "missing":
         return f"{path}: missing; {_description(model, detail['loc'])}"
     given = "" if isinstance(detail["input"], Mapping) else f" (given: {detail['input']!r})"

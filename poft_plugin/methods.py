@@ -25,6 +25,7 @@ class Method:
         loss: name of a registered loss.
         preprocessors: names of registered preprocessors, run in this order.
         columns: per-sequence columns that a batch must carry.
+        check: `module:function` that refuses settings which cannot work, before any data is read; or None.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Method:
     loss: str
     preprocessors: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
+    check: str | None = None
 
 
 METHODS = (
@@ -47,6 +49,7 @@ METHODS = (
         loss="poft",
         preprocessors=("reference_rewards",),
         columns=(REFERENCE_LOGP,),
+        check="poft_plugin.scoring.references:check_references",
     ),
 )
 

@@ -13,6 +13,16 @@ class RowError(ValueError):
     """A row that cannot be used, with what is wrong and the remedy. Picklable, for errors out of worker processes."""
 
 
+def raise_row_errors(errors: Sequence[str], total: int) -> None:
+    """Raises the first of several rows' errors, with their number.
+
+    Raises:
+        RowError: if there are any.
+    """
+    if errors:
+        raise RowError(errors[0] + (f" ({len(errors)} of {total} rows cannot be used)" if len(errors) > 1 else ""))
+
+
 @dataclass(frozen=True)
 class Turn:
     """One message.

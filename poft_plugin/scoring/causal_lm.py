@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from poft_plugin.config import ReferenceConfig
@@ -21,6 +22,8 @@ from poft_plugin.scoring.checkpoints import Checkpoint
 from poft_plugin.scoring.scorer import Identity, PreparedRow, Score
 
 CONTRACT = "causal LM, mean log-probability of the response, version 1"
+
+_PROBE = [{"role": "user", "content": "?"}]
 
 
 @dataclass
@@ -79,7 +82,19 @@ class CausalLMScorer:
 
     @cached_property
     def renderer(self) -> Renderer:
-        """Renders rows for it."""
+        """Renders rows for it.
+
+        Raises:
+            ValueError: if its template is not valid Jinja.
+        """
+        try:
+            self.tokenizer.apply_chat_template(_PROBE, chat_template=self.chat_template, tokenize=False)
+        except TemplateSyntaxError as error:
+            raise ValueError(
+                f"reference {self.name!r}: its chat template is not valid Jinja: {error}. Correct `chat_template:`"
+            ) from error
+        except (TemplateError, ValueError, TypeError, KeyError, IndexError):
+            pass  # it may refuse a conversation like this one
         return Renderer(
             self.tokenizer, self.chat_template, self.name, self.settings.system_turns, self.include_end_of_turn
         )

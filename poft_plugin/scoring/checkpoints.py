@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 
 from poft_plugin.scoring.cache import ScoreCache
 
-WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "config.json", "*.index.json")
+WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "config.json", "*.index.json", "*.py")
 LOCAL_PREFIXES = (".", "/", "~")
 
 
@@ -65,7 +65,10 @@ def resolve_checkpoint(model: str, revision: str | None, cache: ScoreCache) -> C
             raise ValueError(f"reference {model}: `revision: {revision}` is for hub models; this is a local folder")
         return Checkpoint(str(folder), None, _folder_hash(folder, cache))
     if model.startswith(LOCAL_PREFIXES):
-        raise MissingCheckpointError(f"reference {model}: no such folder ({folder.absolute()})")
+        raise MissingCheckpointError(
+            f"reference {model}: no such folder ({folder.absolute()}). Correct "
+            "`model:`, or import its scores (`axolotl poft import`)"
+        )
     return Checkpoint(model, _hub_commit(model, revision), None)
 
 
@@ -113,9 +116,11 @@ def _folder_hash(folder: Path, cache: ScoreCache) -> str:
         stat = file.stat()
         address = str(file.resolve())
         entry = known.get(address)
-        if entry is None or entry[:2] != [stat.st_size, stat.st_mtime_ns]:
-            entry = fresh[address] = [stat.st_size, stat.st_mtime_ns, _file_hash(file)]
-        digest.update(f"{file.name}:{entry[2]}\n".encode())
+        # the change time too: copies and archives may keep the size and the modification time
+        seen = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+        if entry is None or entry[:-1] != seen:
+            entry = fresh[address] = [*seen, _file_hash(file)]
+        digest.update(f"{file.name}:{entry[-1]}\n".encode())
     if fresh:
         cache.update_note("fingerprints", fresh)
     return digest.hexdigest()

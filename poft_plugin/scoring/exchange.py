@@ -1,5 +1,6 @@
 """Scores as files: exported with the scorer's full identity, imported after a check of every row key."""
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from poft_plugin.scoring.cache import SCHEMA, Lookup, ScoreCache, atomic_file
 from poft_plugin.scoring.scorer import Identity
 
 METADATA = b"poft_plugin"
+ROUNDING = 1e-6
 EXPORTED = pa.schema(
     [("row_key", pa.string()), ("model", pa.string()), ("reward", pa.float64()), ("num_tokens", pa.int32())]
 )
@@ -169,10 +171,24 @@ def _read(path: Path) -> tuple[pa.Table, dict[str, Any]]:
     if "num_tokens" not in table.column_names:
         table = table.append_column("num_tokens", pa.array(np.ones(table.num_rows), pa.int32()))
     table = table.filter(pc.is_valid(table["reward"]))
-    table = table.set_column(table.column_names.index("reward"), "reward", table["reward"].cast(pa.float64()))
+    if table["row_key"].null_count:
+        raise ValueError(
+            f"{path}: {table['row_key'].null_count} rows without a row key; take the keys of `export --rows`"
+        )
+    try:
+        rewards = table["reward"].cast(pa.float64())
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{path}: the column 'reward' must hold numbers ({error})") from error
+    table = table.set_column(table.column_names.index("reward"), "reward", rewards)
     infinite = table.filter(pc.invert(pc.is_finite(table["reward"])))
     if infinite.num_rows:
         raise ValueError(f"{path}: the reward of row key {infinite['row_key'][0]} is not finite")
+    positive = table.filter(pc.greater(table["reward"], ROUNDING))
+    if positive.num_rows:
+        raise ValueError(
+            f"{path}: {positive.num_rows} rewards are above 0, the first {positive['reward'][0]} of row key "
+            f"{positive['row_key'][0]}; a reward is a mean log-probability per token, in nats. Check the sign"
+        )
     metadata = (table.schema.metadata or {}).get(METADATA)
     return table, json.loads(metadata)["scorers"] if metadata else {}
 
@@ -191,12 +207,22 @@ def _unique(table: pa.Table, where: str) -> pa.Table:
 
 
 def _store(model: str, scores: ImportedScores, cache: ScoreCache) -> None:
-    anonymous = scores.identity is None
-    identity = scores.identity or Identity({"imported": model})
-    known = cache.table(identity)["row_key"]
-    fresh = scores.table.filter(pc.invert(pc.is_in(scores.table["row_key"], value_set=known)))
-    if anonymous and fresh.num_rows < scores.table.num_rows:
-        _unique(pa.concat_tables([cache.table(identity), scores.table]), f"{model}: imported before")
+    """Takes scores in. A file that does not say whose they are replaces what such a file said of its rows before."""
+    if scores.identity is not None:
+        identity, fresh = scores.identity, scores.table
+        known = cache.table(identity)["row_key"]
+        fresh = fresh.filter(pc.invert(pc.is_in(fresh["row_key"], value_set=known)))
+    else:
+        before = imported_scores(cache, model)
+        fresh = scores.table
+        if before is not None and before.identity is None:
+            kept = before.table.filter(pc.invert(pc.is_in(before.table["row_key"], value_set=fresh["row_key"])))
+            fresh = pa.concat_tables([fresh, kept])
+        content = hashlib.sha256(repr(fresh.sort_by("row_key").to_pydict()).encode()).hexdigest()
+        identity = Identity({"imported": model, "content": content})
+        known = cache.table(identity)["row_key"]
+        fresh = fresh.filter(pc.invert(pc.is_in(fresh["row_key"], value_set=known)))
     if fresh.num_rows:
         cache.write_table(identity, fresh)
-    cache.update_note("imports", {model: {"identity": dict(identity.fields), "anonymous": anonymous}})
+    note = {"identity": dict(identity.fields), "anonymous": scores.identity is None}
+    cache.update_note("imports", {model: note})

@@ -80,6 +80,16 @@ def reference_rewards(rows: Rows, settings: BaseModel, run: RunContext) -> Prepa
     return Prepared({REFERENCE_LOGP: rewards.mean(axis=0)}, frozenset(dropped), summary.statistics())
 
 
+def check_references(settings: BaseModel) -> None:
+    """Finds every reference, its tokenizer and its template, before any data is read.
+
+    Raises:
+        ValueError: for a reference that cannot be used, with the remedy.
+    """
+    assert isinstance(settings, PoftConfig)
+    open_references(settings, ScoreCache(cache_folder(settings.score_cache)))
+
+
 def open_references(settings: PoftConfig, cache: ScoreCache) -> list[Reference]:
     """Finds every reference, and checks its template and tokenizer, without loading weights."""
     return [_open(reference, settings, cache) for reference in settings.references]
@@ -129,6 +139,12 @@ def _open(reference: ReferenceConfig, settings: PoftConfig, cache: ScoreCache) -
     scorer = CausalLMScorer(reference, checkpoint, settings.include_end_of_turn)
     _ = scorer.renderer  # refuses a missing template or a slow tokenizer now
     if imported is None or imported.identity is None:
+        if imported is not None:
+            print(
+                f"reference {reference.label}: imported scores come before the model's own (to forget them, take its "
+                f"entry out of {cache.folder / 'imports.json'})",
+                flush=True,
+            )
         return Reference(reference, scorer, imported)
     _note_difference(reference, imported.identity, scorer.identity)
     return Reference(reference, scorer, None)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from poft_plugin.data.preparation import Rows, RunContext
-from poft_plugin.data.rows import RowError
+from poft_plugin.data.rows import RowError, raise_row_errors
 from poft_plugin.report.console import progress
 from poft_plugin.scoring.cache import Lookup, ScoreCache
 from poft_plugin.scoring.scorer import PreparedRow, Score, Scorer
@@ -64,7 +64,13 @@ def prepare_missing(scorer: Scorer, rows: Rows, cache: ScoreCache, share: Share)
     """
     missing = np.flatnonzero(cache.lookup(scorer.identity, rows.keys).missing)
     mine = [int(index) for index in missing if share.holds(rows.keys[int(index)].as_py())]
-    prepared = [_prepare(scorer, rows, index) for index in progress(mine, description=f"{scorer.name}: tokens")]
+    prepared, errors = [], []
+    for index in progress(mine, description=f"{scorer.name}: tokens"):
+        try:
+            prepared.append(_prepare(scorer, rows, index))
+        except RowError as error:
+            errors.append(str(error))
+    raise_row_errors(errors, len(mine))
     context = scorer.context_length
     long = [row for row in prepared if context is not None and len(row) > context]
     if long:

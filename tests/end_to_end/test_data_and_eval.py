@@ -152,6 +152,16 @@ def test_lora(models: SimpleNamespace, tmp_path: Path) -> None:
     assert all("lora_" in name for name in run.gradients[0])
 
 
+def test_a_reference_that_is_not_there_is_told_before_data_are_read(
+    models: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "poft_plugin.hosts.axolotl.datasets.load_host_datasets", lambda **_: pytest.fail("data were read first")
+    )
+    with pytest.raises(ValueError, match=r"reference ./gone: no such folder.*Correct `model:`"):
+        hosting.train(config(models, tmp_path, poft={"references": [{"model": "./gone"}]}))
+
+
 def test_packing_without_isolation_is_refused(models: SimpleNamespace, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="sample_packing: true with attn_implementation: None"):
         hosting.train(config(models, tmp_path, sample_packing=True, attn_implementation=None))

@@ -1,6 +1,7 @@
 """Rewards against a plain float64 loop, whatever the batches; what a scorer's identity depends on."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -114,6 +115,11 @@ def test_edited_weights_and_tokenizer_change_the_identity(models: SimpleNamespac
     weights.write_bytes(bytes(data))
     after = scorer(folder, cache).identity.digest
     assert after != before
+    stat = weights.stat()
+    data[-1] ^= 2
+    weights.write_bytes(bytes(data))
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as copies and archives do
+    assert scorer(folder, cache).identity.digest not in (before, after)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     tokenizer["model"]["merges"] = tokenizer["model"]["merges"][:-1]
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
@@ -129,6 +135,12 @@ def test_a_reference_without_template_is_refused(models: SimpleNamespace, tmp_pa
         _ = scorer(folder, ScoreCache(tmp_path), chat_template="nowhere.jinja").chat_template
     (tmp_path / "t.jinja").write_text(tiny.INST)
     assert scorer(folder, ScoreCache(tmp_path), chat_template=str(tmp_path / "t.jinja")).chat_template == tiny.INST
+
+
+def test_a_template_that_is_no_jinja_is_the_references_fault(models: SimpleNamespace, tmp_path: Path) -> None:
+    broken = scorer(models.ref_a, ScoreCache(tmp_path), chat_template="{% for m in messages %}{{ m.content")
+    with pytest.raises(ValueError, match=r"^reference 'ref_a': its chat template is not valid Jinja"):
+        _ = broken.renderer
 
 
 def test_real_tokenizers(shared_data: Path, tmp_path: Path) -> None:

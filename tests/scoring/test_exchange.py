@@ -63,6 +63,9 @@ def test_a_hand_made_file_is_used_for_its_reference(tmp_path: Path) -> None:
         ({"row_key": ["k1"], "reward": [-1.0]}, "no column `model`"),
         ({"row_key": ["k1"], "model": ["./a"]}, "no column 'reward'"),
         ({"row_key": ["k1"], "model": ["./a"], "reward": [float("-inf")]}, "row key k1 is not finite"),
+        ({"row_key": ["k1"], "model": ["./a"], "reward": [3.5]}, "1 rewards are above 0.*k1.*Check the sign"),
+        ({"row_key": ["k1"], "model": ["./a"], "reward": ["x"]}, "column 'reward' must hold numbers"),
+        ({"row_key": [None, "k1"], "model": ["./a"] * 2, "reward": [-1.0, -1.0]}, "1 rows without a row key"),
         ({"row_key": ["k1", "k1"], "model": ["./a"] * 2, "reward": [-1.0, -2.0]}, "k1 comes twice"),
     ],
 )
@@ -86,11 +89,13 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         read_score_file(file, "big")
 
 
-def test_a_second_import_that_differs_is_refused(tmp_path: Path) -> None:
+def test_a_second_hand_made_import_corrects_the_first(tmp_path: Path) -> None:
     cache = ScoreCache(tmp_path / "c")
-    import_scores(write(tmp_path / "1.parquet", row_key=["k1"], reward=[-1.0]), ["./a"], KEYS, cache)
-    with pytest.raises(ValueError, match="k1 comes twice"):
-        import_scores(write(tmp_path / "2.parquet", row_key=["k1"], reward=[-9.0]), ["./a"], KEYS, cache)
+    import_scores(write(tmp_path / "1.parquet", row_key=["k1", "k2"], reward=[-1.0, -2.0]), ["./a"], KEYS, cache)
+    import_scores(write(tmp_path / "2.parquet", row_key=["k1", "k3"], reward=[-9.0, -3.0]), ["./a"], KEYS, cache)
+    imported = imported_scores(cache, "./a")
+    assert imported is not None
+    np.testing.assert_array_equal(imported.lookup(KEYS).rewards, [-9.0, -2.0, -3.0])
 
 
 def test_an_unscored_reference_exports_nothing(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ What counts as the response is decided here, once per row, from the host's masks
 not whole turns is refused by name.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from itertools import groupby
 from typing import Any
@@ -17,6 +18,8 @@ from axolotl.utils.dict import remove_none_values
 from poft_plugin.data.render import special_tokens
 from poft_plugin.data.rows import Conversation, RowError, Turn, checked_conversation
 from poft_plugin.hosts.axolotl.entries import SUPPORTED_TYPES
+
+HEADERS = ("system", "user", "assistant")
 
 Row = Mapping[str, Any]
 Reader = Callable[[Row, str], Conversation]
@@ -110,22 +113,40 @@ def _from_fields(strategy: Any, row: Row, where: str) -> Conversation:
 
 
 def _from_segments(strategy: RawInputOutputStrategy, row: Row, where: str) -> Conversation:
-    """Runs of trained segments are the assistant's turns, runs of others the user's, the policy's own markers off."""
+    """Runs of trained segments are the assistant's turns, the rest is the prompt; the policy's markup is taken off."""
     if not row.get("segments"):
         raise RowError(f"{where}: a row without a response: no `segments`; the row has {sorted(row)}")
-    special = sorted(filter(None, special_tokens(strategy.tokenizer)))
-    segments = strategy.prompter.build_prompt(row["segments"])
-    turns = []
-    for trained, run in groupby(segments, key=lambda segment: bool(segment[0])):
-        text = _without_markers("".join(segment[1] for segment in run), special)
-        if text.strip() or trained:
-            turns.append(Turn("assistant" if trained else "user", text, counted=trained))
+    markers = sorted(filter(None, special_tokens(strategy.tokenizer)), key=len, reverse=True)
+    marker = re.compile("|".join(map(re.escape, markers)) or r"(?!)")
+    turns: list[Turn] = []
+    for trained, run in groupby(strategy.prompter.build_prompt(row["segments"]), key=lambda segment: bool(segment[0])):
+        text = "".join(segment[1] for segment in run)
+        turns += [_trained_segment(text, marker, where)] if trained else _prompt_turns(text, marker)
     return checked_conversation(turns, where)
 
 
-def _without_markers(text: str, special: list[str]) -> str:
-    while marker := next((token for token in special if text.startswith(token)), None):
-        text = text.removeprefix(marker)
-    while marker := next((token for token in special if text.endswith(token)), None):
-        text = text.removesuffix(marker)
-    return text
+def _trained_segment(text: str, marker: re.Pattern[str], where: str) -> Turn:
+    """A response, without the special tokens (and the white space around them) at its ends."""
+    text = re.sub(rf"^(?:(?:{marker.pattern})\s*)+", "", text)
+    text = re.sub(rf"\s*(?:(?:{marker.pattern})\s*)+$", "", text)
+    if inner := marker.search(text):
+        raise RowError(
+            f"{where}: a trained segment holds {inner.group()!r} inside, the policy's own markup, which references of "
+            "other kinds cannot be given. Make it several segments, or use `type: chat_template`"
+        )
+    return Turn("assistant", text, counted=True)
+
+
+def _prompt_turns(text: str, marker: re.Pattern[str]) -> list[Turn]:
+    """The turns of a prompt in the policy's markup: a role's name right after a special token is a header."""
+    if not marker.search(text):
+        return [Turn("user", text)] if text.strip() else []
+    turns, role = [], "user"
+    for number, piece in enumerate(marker.split(text)):
+        head, _, rest = piece.strip().partition("\n")
+        if number and head.strip() in HEADERS:
+            role, piece = head.strip(), rest
+        if piece.strip():
+            turns.append(Turn(role, piece.strip()))
+            role = "user"
+    return turns

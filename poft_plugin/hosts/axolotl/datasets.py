@@ -18,7 +18,7 @@ from poft_plugin.data.preparation import Columns, Prepared, Rows, RunContext
 from poft_plugin.hosts.axolotl.checks import check_packing
 from poft_plugin.hosts.axolotl.entries import SUPPORTED_TYPES
 from poft_plugin.hosts.axolotl.run import MethodRun
-from poft_plugin.plugins import registry
+from poft_plugin.plugins import load_object, registry
 
 LOG = get_logger("axolotl.poft_plugin")  # the host shows messages of its own namespace only
 
@@ -76,6 +76,8 @@ def prepare(cfg: DictDefault, run: MethodRun, context: RunContext) -> tuple[Trai
         ValueError: for anything that cannot be scored or trained on.
     """
     check_packing(cfg)
+    if run.method.check is not None:
+        load_object(run.method.check)(run.settings)
     train, evaluation, _ = load_host_rows(cfg)
     parts = [train] if evaluation is None else [train, evaluation]
     unique = Rows(pa.concat_tables([part.rows.table for part in parts]), {}).unique()

@@ -17,7 +17,14 @@ from axolotl.utils.schemas.datasets import SFTDataset, UserDefinedPrompterType
 from datasets import Dataset, concatenate_datasets
 
 from poft_plugin.data.columns import CONVERSATION, GROUP, ROW_KEY, ROW_NUMBER, SOURCE
-from poft_plugin.data.rows import RowError, dump_conversation, load_conversation, row_key
+from poft_plugin.data.rows import (
+    Conversation,
+    RowError,
+    dump_conversation,
+    load_conversation,
+    raise_row_errors,
+    row_key,
+)
 from poft_plugin.hosts.axolotl.conversations import Reader, conversation_reader
 from poft_plugin.hosts.axolotl.entries import ENTRIES, SALT_FIELD, SUPPORTED_TYPES, Entry
 from poft_plugin.losses.logps import IGNORED
@@ -70,6 +77,8 @@ class MethodStrategy(DatasetWrappingStrategy):
             keep_in_memory=bool(keep_in_memory),
             desc="Reading conversations",
         )
+        raise_row_errors([error for error in rows[ERROR] if error], len(rows))
+        rows = rows.remove_columns(ERROR)
         tokens = self._host_rows(dataset)
         if len(tokens) != len(rows):
             raise ValueError(f"{label}: its `type` drops rows while tokenizing; such a type is not supported")
@@ -103,6 +112,10 @@ class MethodStrategy(DatasetWrappingStrategy):
         return wrapped
 
 
+ERROR = "error"
+"""Why a row cannot be used: errors are counted before the first one is raised."""
+
+
 class _Unmapped(Dataset):
     """A data set that does not map or filter: the host builds its strategy around it and tokenizes nothing."""
 
@@ -130,19 +143,22 @@ def _host_entry(entry: Entry, ds_cfg: Mapping[str, Any]) -> DictDefault:
 def _read_row(
     row: Mapping[str, Any], index: int, *, reader: Reader, label: str, group_column: str | None
 ) -> dict[str, Any]:
-    where = f"{label} row {index}"
-    conversation = reader(row, where)
+    where, error = f"{label} row {index}", ""
+    conversation: Conversation = ()
+    try:
+        conversation = reader(row, where)
+        if group_column is not None and row.get(group_column) is None:
+            raise RowError(f"{where}: no value in the column {group_column!r} that rows are to be ranked within")
+    except RowError as refused:
+        error = str(refused)
     columns = {
         ROW_KEY: row_key(conversation),
         CONVERSATION: dump_conversation(conversation),
         SOURCE: label,
         ROW_NUMBER: index,
+        ERROR: error,
     }
-    if group_column is not None:
-        if row.get(group_column) is None:
-            raise RowError(f"{where}: no value in the column {group_column!r} that rows are to be ranked within")
-        columns[GROUP] = str(row[group_column])
-    return columns
+    return columns if group_column is None else {**columns, GROUP: str(row.get(group_column))}
 
 
 _FIRST_ROWS: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {}

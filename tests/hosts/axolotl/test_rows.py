@@ -78,6 +78,18 @@ def answer(text: str, counted: bool = True) -> Turn:
             (user("one?"), answer(" two.")),
         ),
         (
+            {
+                "segments": [
+                    {"label": False, "text": "<|im_start|>system\nBe kind.<|im_end|>\n"},
+                    {"label": False, "text": "<|im_start|>user\none?<|im_end|>\n"},
+                    {"label": False, "text": "<|im_start|>assistant\n"},
+                    {"label": True, "text": "two.<|im_end|>\n"},
+                ]
+            },
+            {"type": "input_output"},
+            (Turn("system", "Be kind."), user("one?"), answer("two.")),
+        ),
+        (
             {"q": "one", "a": "two"},
             {"type": {"field_instruction": "q", "field_output": "a", "no_input_format": "{instruction} "}},
             (user("one"), answer("two")),
@@ -127,6 +139,11 @@ def test_refused_rows_and_masks(
         ({"instruction": "a", "output": None, "input": ""}, {"type": "alpaca"}, r"row 0: a row without a response"),
         ({"instruction": "a", "input": ""}, {"type": "alpaca"}, r"row 0: no field 'output' in the row"),
         ({"q": "a"}, {"type": {"field_instructoin": "q"}}, r"type: unknown keys \['field_instructoin'\]"),
+        (
+            {"segments": [{"label": False, "text": "a"}, {"label": True, "text": "b<|im_end|>\n<|im_start|>user\nc"}]},
+            {"type": "input_output"},
+            r"row 0: a trained segment holds '<\|im_end\|>' inside.* \(2 of 2 rows cannot be used\)",
+        ),
         ({"messages": CHAT, "tools": '[{"type": "function"}]'}, {}, r"row 0: it has tools"),
     ],
 )
