@@ -68,13 +68,15 @@ class MethodStrategy(DatasetWrappingStrategy):
             raise ValueError(f"{label}: no rows in it")
         reader = conversation_reader(self._strategy(dataset), label)
         read = partial(_read_row, reader=reader, label=label, group_column=self.entry.group_column)
-        # conversations first: they refuse a bad row by its number, where the host would fail without one
+        # Conversations first: they refuse a bad row by its number, where the host would fail without one. Never from
+        # the cache of `datasets`, which knows our function by its name alone and would serve an older version's rows.
         rows = dataset.map(
             read,
             with_indices=True,
             remove_columns=dataset.column_names,
             num_proc=process_count,
             keep_in_memory=bool(keep_in_memory),
+            load_from_cache_file=False,
             desc="Reading conversations",
         )
         raise_row_errors([error for error in rows[ERROR] if error], len(rows))

@@ -1,5 +1,6 @@
 """Raw rows of every supported dataset type: the conversation that references see, and the refusals."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -100,6 +101,19 @@ def test_conversations(
     models: SimpleNamespace, tmp_path: Path, row: dict[str, Any], entry: dict[str, Any], expected: tuple[Turn, ...]
 ) -> None:
     assert rows_of(models, tmp_path, [row, row], **entry) == [expected, expected]
+
+
+def test_an_older_version_of_ours_leaves_nothing_in_the_cache_of_datasets(
+    models: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`datasets` hashes a function of a package by its name: another body under the same name gets the old result."""
+    from poft_plugin.hosts.axolotl import strategy
+
+    rows_of(models, tmp_path, [{"messages": CHAT}])
+    shutil.rmtree(tmp_path / "prepared")
+    monkeypatch.setattr(tiny, "write_jsonl", lambda path, _: path)  # the very same file
+    monkeypatch.setattr(strategy, "dump_conversation", lambda _: '[["user","newer version",false]]')
+    assert rows_of(models, tmp_path, [{"messages": CHAT}]) == [(user("newer version"),)]
 
 
 @pytest.mark.parametrize(
