@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -74,6 +75,78 @@ def plain_token_logps(
     return -cross_entropy(logits, targets, reduction="none")
 
 
+def pro_loss(
+    scores: Sequence[float], ranks: Sequence[float] | None = None, rewards: Sequence[float] | None = None
+) -> float:
+    """Eq. 11, round by round; with rewards PRO's released form. Nobody competes with an equal."""
+    ranks = range(len(scores)) if ranks is None else ranks
+    total = 0.0
+    for k, score in enumerate(scores):
+        rivals = [i for i in range(len(scores)) if ranks[i] > ranks[k]]
+        if rewards is None:
+            own, others = math.exp(score), [math.exp(scores[i]) for i in rivals]
+        else:
+            rivals = [i for i in rivals if rewards[i] < rewards[k]]
+            temperature = max((rewards[k] - rewards[i] for i in rivals), default=0.0)
+            own, others = (
+                math.exp(score * temperature),
+                [math.exp(scores[i] * (rewards[k] - rewards[i])) for i in rivals],
+            )
+        total -= math.log(own / (own + sum(others)))
+    return total
+
+
+def rrhf_loss(scores: Sequence[float], ranks: Sequence[float] | None = None) -> float:
+    """Eq. 8 over ordered pairs: the paper's `r_k < r_j` says that k is the worse one."""
+    worth = [-rank for rank in (range(len(scores)) if ranks is None else ranks)]
+    everyone = range(len(scores))
+    return sum(max(0.0, scores[k] - scores[j]) for k in everyone for j in everyone if worth[k] < worth[j])
+
+
+def dpo_loss(
+    kind: str,
+    policy: Sequence[float],
+    reference: Sequence[float],
+    beta: float,
+    smoothing: float = 0.0,
+    tokens: Sequence[int] = (1, 1),
+) -> float:
+    """Losses of one pair, chosen then rejected, from sums of log-probabilities; probabilities are written out."""
+    chosen, rejected = (ours - theirs for ours, theirs in zip(policy, reference, strict=True))
+    if kind == "ipo":
+        return (chosen / tokens[0] - rejected / tokens[1] - 1 / (2 * beta)) ** 2
+    if kind == "hinge":
+        return max(0.0, 1 - beta * (chosen - rejected))
+    prefers = math.exp(beta * chosen) / (math.exp(beta * chosen) + math.exp(beta * rejected))
+    errs = math.exp(beta * rejected) / (math.exp(beta * chosen) + math.exp(beta * rejected))
+    if kind == "sigmoid":
+        return -math.log(prefers)
+    assert kind == "robust"
+    return ((1 - smoothing) * -math.log(prefers) - smoothing * -math.log(errs)) / (1 - 2 * smoothing)
+
+
+def ranking_accuracy(numbers: Sequence[float], ranks: Sequence[float]) -> float | None:
+    """Share of untied pairs in which the better response has the higher number; None without such a pair."""
+    everyone = range(len(numbers))
+    right = [numbers[k] > numbers[j] for k in everyone for j in everyone if ranks[k] < ranks[j]]
+    return sum(right) / len(right) if right else None
+
+
+def distribution_reward(logits: Tensor, discrepancy: Tensor) -> Tensor:
+    """Eq. 16 and 17 of one sequence, `(T, V)` logits that predict its response: log-softmax, mean, weighted sum."""
+    average = logits.double().log_softmax(-1).sum(0) / len(logits)
+    return (discrepancy.double() * average).sum()
+
+
+def distribution_scores(
+    hidden: Tensor, weight: Tensor, discrepancy: Tensor, bias: Tensor | None = None, after: Logits = IDENTITY
+) -> Tensor:
+    """The part of each token: the literal form with sequences of one token."""
+    logits = after(linear(hidden.double(), weight.double(), None if bias is None else bias.double()))
+    values = [distribution_reward(row[None], discrepancy) for row in logits]
+    return torch.stack(values) if values else logits.new_zeros(0)
+
+
 def model_token_logps(logits: Tensor, ids: Tensor) -> Tensor:
     """Log-probability of each token but the first, from the logits `(L, V)` of one unpadded sequence `(L,)`."""
     values = [logits[t - 1].double().log_softmax(-1)[ids[t]] for t in range(1, len(ids))]
@@ -139,3 +212,72 @@ def counted_by_bytes(tokens: Iterable[bytes], text: str, spans: Iterable[tuple[i
         position += len(token)
     assert position == len(text.encode())
     return counted
+
+
+def deft_levels(scores: Sequence[float], keys: Sequence[str], top_percent: float, bottom_percent: float) -> list[str]:
+    """DEFT's section 3.1 with counts rounded up: the level of each sample, worst ranks first taken from what A left."""
+    ranking = sorted(zip([-score for score in scores], keys, range(len(scores)), strict=True))
+    levels = ["B"] * len(scores)
+    for _, _, sample in ranking[: ceil_percent(top_percent, len(scores))]:
+        levels[sample] = "A"
+    for _, _, sample in ranking[::-1][: ceil_percent(bottom_percent, len(scores))]:
+        if levels[sample] != "A":
+            levels[sample] = "C"
+    return levels
+
+
+@dataclass(frozen=True)
+class DeftCounts:
+    """Q+ and Q- by token, and the middle responses that went into neither."""
+
+    positive: list[int]
+    negative: list[int]
+    uncounted: int
+    contradictory: int
+
+
+def deft_side(level: str, score: Fraction, scores: Sequence[Fraction]) -> str:
+    """DEFT's Eq. 15 and three rules for a middle response: `+`, `-`, `0` (neither) or `!` (left out).
+
+    By the scores' extremes, and by the label's as Eq. 15 is written; what they put on two sides of one half is left
+    out, unless it was to go nowhere anyway.
+    """
+    if len(set(scores)) == 1:
+        return "!"
+    r = (score - min(scores)) / (max(scores) - min(scores))
+    side = "0"
+    if (level == "A" and r > Fraction(8, 10)) or (level == "B" and r > Fraction(9, 10)):
+        side = "+"
+    if (level == "B" and r < Fraction(1, 10)) or (level == "C" and r < Fraction(2, 10)):
+        side = "-"
+    if side == "0":
+        return "0"
+    if scores[0] == scores[-1]:
+        return "!"
+    literal, half = (score - scores[-1]) / (scores[0] - scores[-1]), Fraction(1, 2)
+    return "!" if (r > half and literal < half) or (r < half and literal > half) else side
+
+
+def deft_counts(
+    samples: Iterable[tuple[str, Sequence[Sequence[int]], Sequence[float]]], vocab_size: int, special: Sequence[int]
+) -> DeftCounts:
+    """Tokens one by one; samples are (level, responses best to worst, scores)."""
+    counts: dict[str, list[int]] = {"+": [0] * vocab_size, "-": [0] * vocab_size}
+    left_out = {"0": 0, "!": 0}
+    for level, responses, scores in samples:
+        exact = [Fraction(score) for score in scores]
+        for number, response in enumerate(responses):
+            side = deft_side(level, exact[number], exact)
+            side = "+" if number == 0 else "-" if number == len(responses) - 1 else side
+            if side in left_out:
+                left_out[side] += 1
+                continue
+            for token in response:
+                if token not in special:
+                    counts[side][token] += 1
+    return DeftCounts(counts["+"], counts["-"], left_out["0"], left_out["!"])
+
+
+def deft_discrepancy(positive: Sequence[int], negative: Sequence[int]) -> list[Fraction]:
+    """Eq. 14, exact."""
+    return [Fraction(p, sum(positive)) - Fraction(n, sum(negative)) for p, n in zip(positive, negative, strict=True)]

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import log_softmax
+from torch.nn.functional import log_softmax, pad
 
+from poft_plugin.losses.distribution import distribution_scores
 from poft_plugin.losses.logps import LogitTransform, token_logps
 
 PROBE_TOKENS = 8
@@ -20,6 +21,9 @@ PROBE_TOKENS = 8
 
 PROBE_TOLERANCE = 0.05
 """Nats. A forgotten scale or soft-cap is off by whole nats; rounding in bfloat16 by some thousandths."""
+
+ROUNDED_SUM = 1e-6
+"""How far from 0 a discrepancy may sum: its numbers' sizes add up to 2 at most, and float32 rounds each by 6e-8."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,10 @@ def language_model(model: nn.Module) -> LanguageModel:
     return LanguageModel(inner.get_decoder(), _linear_head(inner), transform)
 
 
-def install_response_forward(model: nn.Module) -> LanguageModel:
+def install_response_forward(model: nn.Module, discrepancy: Tensor | None = None) -> LanguageModel:
     """Teaches a model to answer `model(..., response_positions=, response_targets=)` with token log-probabilities.
+
+    With a discrepancy it answers with the pair `(token log-probabilities, distribution scores)`, `(N,)` each.
 
     The call goes through the model as it is wrapped later (DDP, DeepSpeed, PEFT), and through the head *module* once,
     so that gradient synchronisation and ZeRO-3's gathering of the head's weight happen as for any forward. Without
@@ -65,14 +71,20 @@ def install_response_forward(model: nn.Module) -> LanguageModel:
 
     Args:
         model: the model, not yet wrapped for training.
+        discrepancy: `(V,)`, a number for each token of the tokenizer, summing to 0 (see `distribution_scores`). Tokens
+            that only the head knows get 0.
 
     Returns:
         Its parts.
 
     Raises:
-        ValueError: as `language_model`.
+        ValueError: as `language_model`; with a discrepancy also if it has more tokens than the head, or the model
+            soft-caps its logits.
     """
     parts, inner = language_model(model), _unwrapped(model)
+    kept: Any = parts.head
+    # neither parameter nor buffer: it is not saved, not synchronised and not cast to the model's precision
+    kept.discrepancy = None if discrepancy is None else _for_head(discrepancy, parts, type(inner).__name__)
     _replace_forward(inner, _response_forward)
     _replace_forward(parts.head, lambda original: _head_forward(original, parts.transform))
     return parts
@@ -95,9 +107,10 @@ def check_head(model: nn.Module, transform: LogitTransform, vocabulary: int, dev
     model.eval()
     with torch.no_grad():
         positions = torch.arange(PROBE_TOKENS - 1, device=device)
-        ours = model(input_ids=ids, response_positions=positions, response_targets=ids[0, 1:], use_cache=False)
+        answer = model(input_ids=ids, response_positions=positions, response_targets=ids[0, 1:], use_cache=False)
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
     model.train(was_training)
+    ours = answer[0] if isinstance(answer, tuple) else answer
     plain = log_softmax(logits, -1).gather(-1, ids[0, 1:, None]).squeeze(-1)
     worst = float((ours - plain).abs().max())
     if not worst <= PROBE_TOLERANCE * max(1.0, float(plain.abs().max()) / 10):
@@ -124,6 +137,25 @@ def _linear_head(model: Any) -> nn.Linear:
             "it, take `lm_head` out of `lora_target_modules` (or put it under `lora_modules_to_save`)"
         )
     return head
+
+
+def _for_head(discrepancy: Tensor, parts: LanguageModel, name: str) -> Tensor:
+    """The discrepancy with a 0 for each token that only the head knows, in the precision of its sums."""
+    if parts.transform.soft_cap is not None:
+        raise ValueError(
+            f"{name}: it soft-caps its logits (at {parts.transform.soft_cap}), and the distribution reward needs "
+            "logits that are linear in the hidden states. Set `omega: 0`, or take another model"
+        )
+    # not the weight's rows: ZeRO-3 may have taken them away
+    tokens, known = parts.head.out_features, discrepancy.numel()
+    if discrepancy.ndim != 1 or known > tokens:
+        raise ValueError(
+            f"{name}: a discrepancy of shape {tuple(discrepancy.shape)} for a head of {tokens} tokens. Count it again "
+            "with this model's tokenizer, or set `omega: 0`"
+        )
+    assert abs(float(discrepancy.double().sum())) <= ROUNDED_SUM, "the discrepancy must sum to 0"
+    dtype = torch.float64 if parts.head.weight.dtype == torch.float64 else torch.float32
+    return pad(discrepancy.detach().to(dtype), (0, tokens - known))
 
 
 def _replace_forward(module: nn.Module, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
@@ -159,11 +191,15 @@ def _response_forward(original: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def _head_forward(original: Callable[..., Tensor], transform: LogitTransform) -> Callable[..., Tensor]:
-    def forward(head: nn.Linear, hidden: Tensor, response_targets: Tensor | None = None) -> Tensor:
+def _head_forward(original: Callable[..., Tensor], transform: LogitTransform) -> Callable[..., Any]:
+    def forward(head: Any, hidden: Tensor, response_targets: Tensor | None = None) -> Any:
         if response_targets is None:
             return original(head, hidden)
         targets = response_targets.to(hidden.device)
-        return token_logps(hidden, head.weight, targets, head.bias, transform=transform)
+        logps = token_logps(hidden, head.weight, targets, head.bias, transform=transform)
+        if head.discrepancy is None:
+            return logps
+        head.discrepancy = head.discrepancy.to(hidden.device)
+        return logps, distribution_scores(hidden, head.weight, head.discrepancy, head.bias, transform=transform)
 
     return forward

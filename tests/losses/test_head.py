@@ -163,16 +163,16 @@ def test_the_decoder_gets_the_mask_and_the_positions() -> None:
     torch.testing.assert_close(logps[:, 3:], expected)
 
 
-def test_no_response_tokens_still_run_the_head_once() -> None:
+@pytest.mark.parametrize("discrepancy", [None, torch.tensor([0.5, -0.5])])
+def test_no_response_tokens_still_run_the_head_once(discrepancy: Tensor | None) -> None:
     """A rank without response tokens calls what the others call, with zero gradients (ZeRO-3 gathers in step)."""
-    model, calls = llama(), []
-    install_response_forward(model)
+    model, calls, none = llama(), [], torch.zeros(0, dtype=torch.long)
+    install_response_forward(model, discrepancy)
     model.lm_head.register_forward_hook(lambda *_: calls.append(1))
-    none = torch.zeros(0, dtype=torch.long)
-    logps = model(input_ids=IDS, response_positions=none, response_targets=none)
-    logps.sum().backward()
-    assert logps.shape == (0,)
-    assert calls == [1]
+    answer = model(input_ids=IDS, response_positions=none, response_targets=none)
+    numbers = answer if discrepancy is None else torch.stack(answer)
+    numbers.sum().backward()
+    assert (numbers.shape, calls) == ((0,) if discrepancy is None else (2, 0), [1])
     assert all(p.grad is not None and (p.grad == 0).all() for p in model.parameters())
 
 
