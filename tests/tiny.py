@@ -8,8 +8,23 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPTNeoXConfig,
+    GPTNeoXModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -107,6 +122,67 @@ def reference(folder: Path, seed: int = 2, context: int = 1024) -> Path:
     """A tiny reference with another tokenizer and a template that strips and refuses system turns."""
     bpe_tokenizer(folder, vocab_size=330, template=INST, specials=["<s>", "</s>", "<|pad|>"], eos="</s>")
     return llama(folder, vocab_size=330, seed=seed, context=context)
+
+
+def reward_model(folder: Path, kind: str = "llama", *, seed: int = 5, context: int = 1024) -> Path:
+    """A random reward model with one label, large scores, and the end-of-turn token for padding."""
+    bpe_tokenizer(folder, vocab_size=330, template=INST, specials=["<s>", "</s>", "<|pad|>"], eos="</s>")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(seed)
+    common: dict[str, Any] = {"vocab_size": 330, "num_labels": 1, "initializer_range": 0.3, "pad_token_id": 1}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    positions = {"max_position_embeddings": context}
+    model = {
+        "llama": lambda: LlamaForSequenceClassification(LlamaConfig(**common, **sizes, **positions)),
+        "gpt2": lambda: GPT2ForSequenceClassification(
+            GPT2Config(**common, n_embd=32, n_layer=2, n_head=4, n_positions=context)
+        ),
+        "bert": lambda: BertForSequenceClassification(BertConfig(**common, **sizes, **positions)),
+        "roberta": lambda: RobertaForSequenceClassification(RobertaConfig(**common, **sizes, **positions)),
+    }[kind]()
+    model.save_pretrained(folder)
+    return folder
+
+
+def neox_reward_model(folder: Path, *, pooling: str | None, shards: int = 0, seed: int = 6) -> Path:
+    """A `gpt_neox_reward_model` as such checkpoints look: their names, their old buffers, no chat template.
+
+    One `pytorch_model.bin`, or so many safetensors with an index.
+    """
+    specials = ["<|endoftext|>", "<|padding|>", "<|pad|>", "<|system|>", "<|prompter|>", "<|assistant|>"]
+    bpe_tokenizer(folder, vocab_size=340, template="", specials=specials, eos="<|endoftext|>")
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    stored = json.loads((folder / "tokenizer_config.json").read_text())
+    stored.update(tokenizer_class="GPTNeoXTokenizerFast", pad_token="<|padding|>", unk_token="<|endoftext|>")
+    (folder / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in stored.items() if k != "chat_template"}))
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = {
+        "architectures": ["GPTNeoXRewardModel"], "model_type": "gpt_neox_reward_model", "vocab_size": 352, **sizes,
+        "max_position_embeddings": 512, "initializer_range": 0.3, "rotary_emb_base": 10000, "rotary_pct": 0.25,
+        "hidden_act": "gelu", "use_parallel_residual": True, "torch_dtype": "float32", "pooling": pooling,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    known = {k: v for k, v in config.items() if k not in ("model_type", "pooling", "architectures", "torch_dtype")}
+    weights = {f"gpt_neox.{name}": w for name, w in GPTNeoXModel(GPTNeoXConfig(**known)).state_dict().items()}
+    for layer in range(2):
+        prefix = f"gpt_neox.layers.{layer}.attention"
+        weights[f"{prefix}.bias"] = torch.ones(1, 1, 512, 512, dtype=torch.bool).tril()
+        weights[f"{prefix}.masked_bias"] = torch.tensor(-1e9)
+        weights[f"{prefix}.rotary_emb.inv_freq"] = torch.full((1,), 1e3)
+    weights |= {"out_proj.weight": torch.randn(1, 32), "out_proj.bias": torch.tensor([0.7])}
+    if not shards:
+        torch.save(weights, folder / "pytorch_model.bin")
+        return folder
+    names = [f"model-{number + 1:05}-of-{shards:05}.safetensors" for number in range(shards)]
+    held = {name: names[index % shards] for index, name in enumerate(sorted(weights))}
+    for name in names:
+        save_file({w: weights[w].contiguous() for w in weights if held[w] == name}, folder / name, {"format": "pt"})
+    index = {"metadata": {"total_size": 0}, "weight_map": held}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
 
 
 def chat_rows(count: int, seed: int = 0, turns: int = 1) -> list[dict[str, Any]]:

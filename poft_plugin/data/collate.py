@@ -3,12 +3,14 @@
 Axes: R rows and L tokens of the padded batch, S sequences in it, G groups (samples).
 
 A dataset row is one *sample*. It holds one or more sequences end to end in `input_ids` (`sequence_lengths` says where
-they end; without that column a row is one sequence). The host's own collator lays the tokens out; this one takes the
-per-sequence columns out before and puts them back beside the tokens, as flat tensors in the order of the sequences.
+they end; without that column a row is one sequence). Packed, samples lie in a pack as they are; unpacked, every
+sequence becomes a row of its own. The host's own collator lays the tokens out; this one takes the per-sequence columns
+out before and puts them back beside the tokens, as flat tensors in the order of the sequences.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from poft_plugin.data.columns import SEQUENCE_LENGTHS, TOKEN_COLUMNS
 SEQUENCE_IDS = "sequence_ids"
 GROUP_IDS = "group_ids"
 PADDING = -1
+PER_TOKEN = ("input_ids", "labels", "attention_mask", "token_type_ids")
 
 Row = Mapping[str, Any]
 TokenCollator = Callable[[Any], Mapping[str, Any]]
@@ -30,9 +33,10 @@ class MethodCollator:
 
     Args:
         tokens: the host's collator for the token columns (`input_ids`, `labels`, `position_ids`, `attention_mask`).
-        columns: names of the per-sequence columns that the method needs; each value is a number, or a list of one
-            number per sequence of the row.
+        columns: names of the columns that the method needs; each value is a list of one number per sequence of the
+            row, or a number for all of them.
         padding_side: where the host pads.
+        optional: columns that are taken along where the rows have them.
 
     Returns:
         On call: the host's batch, plus `sequence_ids (R, L)` (the sequence of each token, -1 on padding),
@@ -45,12 +49,15 @@ class MethodCollator:
     tokens: TokenCollator
     columns: tuple[str, ...]
     padding_side: str = "right"
+    optional: tuple[str, ...] = ()
 
     def __call__(self, features: Sequence[Row] | Sequence[Sequence[Row]]) -> dict[str, Any]:
         """Features come as a list of rows, or, packed, as a list of packs of rows."""
         packed = bool(features) and not isinstance(features[0], Mapping)
         packs = [[item] if isinstance(item, Mapping) else list(item) for item in features]
         columns = self._columns([row for pack in packs for row in pack])
+        if not packed:
+            packs = [[sequence] for pack in packs for row in pack for sequence in _split(row)]
         tokens = [[{k: v for k, v in row.items() if k in TOKEN_COLUMNS} for row in pack] for pack in packs]
         batch = dict(self.tokens(tokens if packed else [row for pack in tokens for row in pack]))
         batch[SEQUENCE_IDS] = _sequence_ids(packs, batch["input_ids"], self.padding_side)
@@ -59,13 +66,14 @@ class MethodCollator:
     def _columns(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         lengths = [len(_lengths(row)) for row in rows]
         batch = {GROUP_IDS: torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(lengths))}
-        for name in self.columns:
+        taken_along = [name for name in self.optional if all(name in row for row in rows)]
+        for name in (*self.columns, *taken_along):
             if any(name not in row for row in rows):
                 raise ValueError(
                     f"a batch without the column {name!r}: this dataset did not come through the plugin's own "
                     "preparation (`axolotl preprocess` / `axolotl train`)"
                 )
-            values = [_as_list(row[name]) for row in rows]
+            values = [_as_list(row[name], length) for row, length in zip(rows, lengths, strict=True)]
             for row_values, length in zip(values, lengths, strict=True):
                 if len(row_values) != length:
                     raise ValueError(
@@ -93,7 +101,16 @@ def _lengths(row: Row) -> list[int]:
     return [int(n) for n in row[SEQUENCE_LENGTHS]] if SEQUENCE_LENGTHS in row else [len(row["input_ids"])]
 
 
-def _as_list(value: Any) -> list[float]:
+def _split(row: Row) -> list[Row]:
+    """The sequences of a sample, each as a row; position ids are left to the model."""
+    if SEQUENCE_LENGTHS not in row:
+        return [row]
+    ends = list(accumulate(_lengths(row)))
+    names = [name for name in PER_TOKEN if name in row]
+    return [{name: row[name][start:end] for name in names} for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def _as_list(value: Any, length: int) -> list[float]:
     if isinstance(value, Tensor):
-        return value.reshape(-1).tolist()
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+        value = value.reshape(-1).tolist() if value.ndim else value.item()
+    return list(value) if isinstance(value, (list, tuple)) else [value] * length

@@ -2,12 +2,12 @@
 
 from fractions import Fraction
 from math import ceil
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 from pydantic import Field
 
-from poft_plugin.data.columns import REFERENCE_LOGP
+from poft_plugin.data.columns import LEVEL, REFERENCE_LOGP
 from poft_plugin.data.preparation import Rows
 
 Percent = Annotated[float, Field(gt=0, le=100)]
@@ -49,3 +49,21 @@ def keep_top_percent(rows: Rows, *, percent: Percent, within: str = "none", colu
         members = order[groups == group]
         keep[members[: top_percent_count(percent, len(members))]] = True
     return keep
+
+
+def keep_levels(rows: Rows, *, levels: Literal["A", "B", "C", "A+B", "B+C"]) -> np.ndarray:
+    """Keeps the rows of the given grades, DEFT's level A for instance (section 3.1).
+
+    Args:
+        rows: training rows with `level` attached.
+        levels: letters, joined by `+`.
+
+    Returns:
+        `(len(rows),)` booleans.
+
+    Raises:
+        ValueError: if the rows carry no level: the method grades nothing.
+    """
+    if LEVEL not in rows.attached:
+        raise ValueError("keep_levels: the rows have no level; it goes with an `rl: deft_...` that grades")
+    return np.isin(rows.attached[LEVEL], levels.split("+"))

@@ -3,6 +3,8 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -11,6 +13,7 @@ import pyarrow.compute as pc
 from pydantic import BaseModel
 
 from poft_plugin.data.columns import CONVERSATION, GROUP, ROW_KEY, ROW_NUMBER, SOURCE
+from poft_plugin.data.ranked import RankedSample
 from poft_plugin.data.rows import Conversation, load_conversation
 
 Columns = Mapping[str, np.ndarray]
@@ -23,7 +26,8 @@ class Rows:
 
     Args:
         table: `row_key`, `conversation`, `source`, `row_number` and maybe `group`, one line per row, in dataset order
-            (a row may occur twice).
+            (a row may occur twice). Rows of a preference method hold a ranked sample under `conversation`, and their
+            tokens under `ranked_input_ids`, `ranked_labels` and `sequence_lengths`.
         attached: per-row columns that preprocessors made, aligned with `table`.
     """
 
@@ -55,6 +59,10 @@ class Rows:
         """The turns of one row."""
         return load_conversation(self.table[CONVERSATION][index].as_py())
 
+    def sample(self, index: int) -> RankedSample:
+        """The prompt and the responses of one ranked row."""
+        return RankedSample.loads(self.table[CONVERSATION][index].as_py())
+
     def where(self, index: int) -> str:
         """Names one row in messages: its data set, its position there, its key."""
         source, number, key = (self.table[name][index].as_py() for name in (SOURCE, ROW_NUMBER, ROW_KEY))
@@ -65,9 +73,66 @@ class Rows:
         return self.where(int(pc.index(self.keys, key).as_py()))
 
     def unique(self) -> "Rows":
-        """The first row of each key, in order; nothing attached."""
-        first = pc.index_in(pc.unique(self.keys), value_set=self.keys)
-        return Rows(self.table.take(first), {})
+        """The first row of each key, in order; nothing attached.
+
+        Raises:
+            ValueError: if two rows of one key differ: the same responses with other scores.
+        """
+        keys = self.keys.combine_chunks()
+        first = pc.index_in(pc.unique(keys), value_set=keys)
+        unique = Rows(self.table.take(first), {})
+        if len(unique) < len(self):
+            texts = self.table[CONVERSATION]
+            again = unique.table[CONVERSATION].take(pc.index_in(keys, value_set=unique.keys.combine_chunks()))
+            differing = np.flatnonzero(pc.not_equal(texts, again).to_numpy())
+            if len(differing):
+                here = int(differing[0])
+                raise ValueError(
+                    f"{self.where(here)} has the same texts as {self.where_key(keys[here].as_py())} with other scores; "
+                    "remove one of them"
+                )
+        return unique
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The policy before training, for preprocessors that read its tokens or score with its start weights.
+
+    Args:
+        model: hub id or local folder.
+        tokenizer: its tokenizer, as the host has set it up.
+        revision: hub revision, or None.
+        sequence_len: tokens of the longest sequence that is trained on.
+        dtype: the dtype that it is loaded in, such as `bfloat16`.
+        quantization: keywords of transformers' `BitsAndBytesConfig`, or None.
+        attn_implementation: as the host's.
+        trust_remote_code: as the host's.
+    """
+
+    model: str
+    tokenizer: Any
+    sequence_len: int
+    revision: str | None = None
+    dtype: str = "float32"
+    quantization: Mapping[str, Any] | None = None
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Token ids that the tokenizer can give: 0 up to this."""
+        return max(len(self.tokenizer), *(int(number) + 1 for number in self.tokenizer.get_vocab().values()))
+
+    def text_of(self, token: int) -> str:
+        """The text of one token."""
+        return str(self.tokenizer.decode([token]))
+
+    @cached_property
+    def special_token_ids(self) -> tuple[int, ...]:
+        """Ids of special tokens, added ones too."""
+        added = self.tokenizer.added_tokens_decoder
+        special = {number for number, token in added.items() if token.special}
+        return tuple(sorted(special | set(self.tokenizer.all_special_ids)))
 
 
 @dataclass(frozen=True)
@@ -80,6 +145,8 @@ class RunContext:
         world_size: processes that prepare the same data at the same time.
         local_rank: this process on its machine: picks its accelerator.
         local_world_size: processes on this machine.
+        policy: the model that is trained; None where nothing is (a test of a preprocessor).
+        output_dir: where the run's own files go, or None.
     """
 
     purpose: "Purpose"
@@ -87,14 +154,18 @@ class RunContext:
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
+    policy: Policy | None = None
+    output_dir: Path | None = None
 
     @classmethod
-    def from_environment(cls, purpose: "Purpose") -> "RunContext":
+    def from_environment(
+        cls, purpose: "Purpose", *, policy: Policy | None = None, output_dir: Path | None = None
+    ) -> "RunContext":
         """What a launcher (torchrun, accelerate, deepspeed) put into the environment; one process without one."""
         names = {"rank": "RANK", "world_size": "WORLD_SIZE", "local_rank": "LOCAL_RANK"}
         found = {key: int(os.environ[name]) for key, name in names.items() if name in os.environ}
         local = int(os.environ.get("LOCAL_WORLD_SIZE", found.get("world_size", 1)))
-        return cls(purpose, **found, local_world_size=local)
+        return cls(purpose, **found, local_world_size=local, policy=policy, output_dir=output_dir)
 
 
 @dataclass(frozen=True)
@@ -102,21 +173,28 @@ class Prepared:
     """What a preprocessor returns.
 
     Args:
-        columns: per-row numbers aligned with the rows it was given, by column name.
+        columns: per-row values aligned with the rows it was given, by column name; for ranked rows also arrays of
+            objects, one list per row with one number per response in the order of the data.
         dropped: keys of rows that must not be trained or evaluated on (a reference cannot read them, say).
         statistics: numbers for the host's trackers, logged once.
+        tensors: arrays that the trainer needs as a whole (DEFT's `discrepancy`), by name.
     """
 
     columns: Columns
     dropped: frozenset[str] = frozenset()
     statistics: Mapping[str, float] = field(default_factory=dict)
+    tensors: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 class Preprocessor(Protocol):
-    """Attaches columns to unique rows before training."""
+    """Attaches columns to rows before training."""
 
     def __call__(self, rows: Rows, settings: BaseModel, run: RunContext) -> Prepared:
-        """Columns for `rows`, which hold every row of training and evaluation sets once."""
+        """Columns for `rows`.
+
+        A method's `preprocessors` get every row of training and evaluation sets once; its `training_preprocessors`
+        get the training rows as they are, with the others' columns attached.
+        """
         ...
 
 

@@ -52,7 +52,7 @@ class Renderer:
     Args:
         tokenizer: a fast tokenizer (character offsets are needed).
         chat_template: Jinja text.
-        name: the model's name in error messages.
+        name: the model in error messages, such as `reference 'zephyr'`.
         system_turns: `keep`; `merge` into the first user turn; `drop`.
         include_end_of_turn: count the end-of-turn token that the template writes after each counted turn.
 
@@ -69,7 +69,7 @@ class Renderer:
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
             raise ValueError(
-                f"reference {self.name!r}: {type(self.tokenizer).__name__} gives no character offsets; response "
+                f"{self.name}: {type(self.tokenizer).__name__} gives no character offsets; response "
                 "tokens cannot be found. Use a model with a fast tokenizer (tokenizer.json)"
             )
 
@@ -95,7 +95,7 @@ class Renderer:
             counted[number] = any(begin < span_end and start < end for start, span_end in spans)
         counted[:1] = [False] * len(counted[:1])
         if not any(counted):
-            raise RowError(f"{where}: reference {self.name!r}: the response has no token in the rendered text")
+            raise RowError(f"{where}: {self.name}: the response has no token in the rendered text")
         return Rendered(tuple(encoding["input_ids"]), tuple(counted), text, tuple(offsets))
 
     def _spans(self, turns: Conversation, where: str) -> tuple[str, list[tuple[int, int]]]:
@@ -112,8 +112,8 @@ class Renderer:
             spans = _find_contents(text, pieces, [turns[i].content for i in counted])
         if spans is None:
             raise RowError(
-                f"{where}: reference {self.name!r}: its chat template changes the response, so that it cannot be "
-                "found again in the rendered text. Give the reference another `chat_template:` or remove the row"
+                f"{where}: {self.name}: its chat template changes the response, so that it cannot be "
+                "found again in the rendered text. Give it another `chat_template:` or remove the row"
             )
         return text, spans
 
@@ -129,7 +129,7 @@ class Renderer:
                 " Set `system_turns: merge` or `drop` for it, if it knows no system turn." if "system" in roles else ""
             )
             raise RowError(
-                f"{where}: the chat template of reference {self.name!r} refuses the turns {roles}: {error}.{hint}"
+                f"{where}: the chat template of {self.name} refuses the turns {roles}: {error}.{hint}"
             ) from error
         assert isinstance(text, str)
         return text
@@ -157,7 +157,7 @@ class Renderer:
         match = self._special.match(text, end) if self._special else None
         if match is None:
             raise RowError(
-                f"{where}: reference {self.name!r}: `include_end_of_turn: true`, but its template writes no special "
+                f"{where}: {self.name}: `include_end_of_turn: true`, but its template writes no special "
                 f"token after the response (found {text[end : end + 20]!r}). Set it to false or change the template"
             )
         return match.end()

@@ -45,6 +45,11 @@ class Lookup:
         return np.asarray(np.isnan(self.rewards) & (self.num_tokens == 0))
 
     @property
+    def missing_or_long(self) -> np.ndarray:
+        """`(n,)` booleans: rows without a score."""
+        return np.asarray(np.isnan(self.rewards))
+
+    @property
     def too_long(self) -> np.ndarray:
         """`(n,)` booleans: rows that do not fit into the scorer's context."""
         return np.asarray(np.isnan(self.rewards) & (self.num_tokens < 0))

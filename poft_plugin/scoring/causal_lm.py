@@ -1,33 +1,28 @@
 """The scorer of PoFT: a causal language model's mean log-probability of the response, under its own template."""
 
-import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import TemplateError, TemplateSyntaxError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from poft_plugin.config import ReferenceConfig
-from poft_plugin.data.render import Rendered, Renderer
+from poft_plugin.data.render import Renderer
 from poft_plugin.data.rows import Conversation, RowError
 from poft_plugin.losses import install_response_forward, mean_logps, response_positions
 from poft_plugin.losses.head import check_head
 from poft_plugin.losses.logps import IGNORED
-from poft_plugin.scoring.checkpoints import Checkpoint
+from poft_plugin.scoring.pretrained import PretrainedScorer
 from poft_plugin.scoring.scorer import Identity, PreparedRow, Score
 
 CONTRACT = "causal LM, mean log-probability of the response, version 1"
 
-_PROBE = [{"role": "user", "content": "?"}]
-
 
 @dataclass
-class CausalLMScorer:
+class CausalLMScorer(PretrainedScorer):
     """Scores rows with one reference.
 
     Args:
@@ -37,67 +32,12 @@ class CausalLMScorer:
     """
 
     settings: ReferenceConfig
-    checkpoint: Checkpoint
     include_end_of_turn: bool = False
-    _model: Any = field(default=None, init=False, repr=False)
-    _device: str = field(default="cpu", init=False, repr=False)
 
     @property
-    def name(self) -> str:
-        """Short name in tables."""
-        return self.settings.label
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Its tokenizer."""
-        return AutoTokenizer.from_pretrained(self.checkpoint.location, **self._source)
-
-    @cached_property
-    def config(self) -> Any:
-        """Its transformers config."""
-        return AutoConfig.from_pretrained(self.checkpoint.location, **self._source)
-
-    @cached_property
-    def chat_template(self) -> str:
-        """The template's Jinja text.
-
-        Raises:
-            ValueError: if neither the config nor the tokenizer has one.
-        """
-        given = self.settings.chat_template
-        if given is not None:
-            is_file = len(given) < 4096 and "{" not in given
-            if is_file and not Path(given).is_file():
-                raise ValueError(f"reference {self.name!r}: chat_template {given!r}: no such file, and not Jinja text")
-            return Path(given).read_text() if is_file else given
-        template = self.tokenizer.chat_template
-        if isinstance(template, dict):
-            template = template.get("default")
-        if not template:
-            raise ValueError(
-                f"reference {self.name!r} ({self.settings.model}): its tokenizer has no chat template. A reference "
-                "must be an aligned model; give its format as `chat_template:` (a file or Jinja text)"
-            )
-        return str(template)
-
-    @cached_property
-    def renderer(self) -> Renderer:
-        """Renders rows for it.
-
-        Raises:
-            ValueError: if its template is not valid Jinja.
-        """
-        try:
-            self.tokenizer.apply_chat_template(_PROBE, chat_template=self.chat_template, tokenize=False)
-        except TemplateSyntaxError as error:
-            raise ValueError(
-                f"reference {self.name!r}: its chat template is not valid Jinja: {error}. Correct `chat_template:`"
-            ) from error
-        except (TemplateError, ValueError, TypeError, KeyError, IndexError):
-            pass  # it may refuse a conversation like this one
-        return Renderer(
-            self.tokenizer, self.chat_template, self.name, self.settings.system_turns, self.include_end_of_turn
-        )
+    def kind(self) -> str:
+        """What it is in messages."""
+        return "reference"
 
     @property
     def context_length(self) -> int | None:
@@ -105,36 +45,14 @@ class CausalLMScorer:
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
     @cached_property
-    def dtype(self) -> torch.dtype:
-        """The weights' dtype, `auto` resolved."""
-        if self.settings.dtype != "auto":
-            chosen: torch.dtype = getattr(torch, self.settings.dtype)
-            return chosen
-        stored = self.config.dtype
-        return stored if isinstance(stored, torch.dtype) else torch.float32
-
-    @cached_property
     def identity(self) -> Identity:
         """What its scores depend on."""
-        backend = self.tokenizer.backend_tokenizer.to_str()
-        return Identity(
-            {
-                "contract": CONTRACT,
-                **self.checkpoint.identity,
-                "dtype": str(self.dtype).removeprefix("torch."),
-                "quantization": self.settings.quantization,
-                "tokenizer": hashlib.sha256(backend.encode()).hexdigest(),
-                "special_tokens": {k: str(v) for k, v in self.tokenizer.special_tokens_map.items()},
-                "chat_template": self.chat_template,
-                "system_turns": self.settings.system_turns,
-                "truncated_to": self.context_length if self.settings.on_long_row == "truncate" else None,
-                "include_end_of_turn": self.include_end_of_turn,
-            }
+        return self._identity(
+            CONTRACT,
+            quantization=self.settings.quantization,
+            truncated_to=self.context_length if self.settings.on_long_row == "truncate" else None,
+            include_end_of_turn=self.include_end_of_turn,
         )
-
-    def render(self, conversation: Conversation, where: str) -> Rendered:
-        """One row as this reference sees it."""
-        return self.renderer(conversation, where)
 
     def prepare(self, key: str, conversation: Conversation, where: str) -> PreparedRow:
         """Tokenizes a row; with `on_long_row: truncate` it is cut at its end to the context length.
@@ -147,7 +65,7 @@ class CausalLMScorer:
         counted = np.asarray(rendered.counted[:length], dtype=bool)
         if not counted.any():
             raise RowError(
-                f"{where}: reference {self.name!r}: the prompt alone fills its context of {length} tokens; nothing of "
+                f"{where}: {self.title}: the prompt alone fills its context of {length} tokens; nothing of "
                 "the response is left after truncation. Set `on_long_row: drop` or remove the row"
             )
         return PreparedRow(key, np.asarray(rendered.input_ids[:length], dtype=np.int32), counted)
@@ -172,7 +90,7 @@ class CausalLMScorer:
             self.checkpoint.location,
             dtype=self.dtype,
             attn_implementation=self.settings.attn_implementation,
-            quantization_config=_quantization(self.settings.quantization, self.dtype),
+            quantization_config=self.quantization_config,
             **_placement(device, self.settings.devices),
             **self._source,
         ).eval()
@@ -180,11 +98,10 @@ class CausalLMScorer:
         self._model, self._device = model, device
         check_head(model, parts.transform, int(parts.head.weight.shape[0]), torch.device(device))
 
-    def unload(self) -> None:
-        """Frees the weights."""
-        self._model = None
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    @property
+    def quantization_config(self) -> BitsAndBytesConfig | None:
+        """How bitsandbytes is to shrink the weights, or None."""
+        return _quantization(self.settings.quantization, self.dtype)
 
     def score(self, batch: Sequence[PreparedRow]) -> list[Score]:
         """Rewards of a batch of prepared rows: right-padded, the head on response positions only."""
@@ -204,9 +121,25 @@ class CausalLMScorer:
             for row, reward, count in zip(batch, rewards.tolist(), counts.tolist(), strict=True)
         ]
 
-    @property
-    def _source(self) -> dict[str, Any]:
-        return {"revision": self.checkpoint.commit or "main", "trust_remote_code": self.settings.trust_remote_code}
+    def remark(self, prepared: Sequence[PreparedRow]) -> str | None:
+        """Nothing: what is cut or dropped was asked for."""
+        return None
+
+    def flops(self, tokens: int, response_tokens: int) -> float:
+        """Of one forward: `2 x parameters` per token, the head on response tokens only."""
+        return 2.0 * self._sizes.body * tokens + 2.0 * self._sizes.head * response_tokens
+
+    def _default_template(self) -> str:
+        raise ValueError(
+            f"{self.title} ({self.settings.model}): its tokenizer has no chat template. A reference must be an aligned "
+            "model; give its format as `chat_template:` (a file or Jinja text)"
+        )
+
+    def _make_renderer(self) -> Renderer:
+        return replace(super()._make_renderer(), include_end_of_turn=self.include_end_of_turn)
+
+    def _empty_model(self) -> Any:
+        return AutoModelForCausalLM.from_config(self.config, trust_remote_code=self.settings.trust_remote_code)
 
 
 def _padded(batch: Sequence[PreparedRow]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Where a reference's weights are, and what they are: a hub commit, or the content hash of a local folder."""
+"""Where a model's weights are, and what they are: a hub commit, or the content hash of a local folder."""
 
 import hashlib
 from dataclasses import dataclass
@@ -48,67 +48,68 @@ class Checkpoint:
         return {"model": self.location, "commit": self.commit}
 
 
-def resolve_checkpoint(model: str, revision: str | None, cache: ScoreCache) -> Checkpoint:
+def resolve_checkpoint(model: str, revision: str | None, cache: ScoreCache, what: str = "reference") -> Checkpoint:
     """Finds a checkpoint and pins it.
 
     Args:
         model: hub id or local folder.
         revision: hub revision (branch, tag or commit), or None for the default branch.
         cache: keeps hashes of local weight files, so that they are read once.
+        what: what the model is to the user: `reference` or `reward model`.
 
     Raises:
         MissingCheckpointError: if it is not there, with the remedy.
     """
-    folder = Path(model).expanduser()
+    folder, title = Path(model).expanduser(), f"{what} {model}"
     if folder.is_dir():
         if revision is not None:
-            raise ValueError(f"reference {model}: `revision: {revision}` is for hub models; this is a local folder")
-        return Checkpoint(str(folder), None, _folder_hash(folder, cache))
+            raise ValueError(f"{title}: `revision: {revision}` is for hub models; this is a local folder")
+        return Checkpoint(str(folder), None, _folder_hash(folder, cache, title))
     if model.startswith(LOCAL_PREFIXES):
         raise MissingCheckpointError(
-            f"reference {model}: no such folder ({folder.absolute()}). Correct "
+            f"{title}: no such folder ({folder.absolute()}). Correct "
             "`model:`, or import its scores (`axolotl poft import`)"
         )
-    return Checkpoint(model, _hub_commit(model, revision), None)
+    return Checkpoint(model, _hub_commit(model, revision, title), None)
 
 
-def _hub_commit(model: str, revision: str | None) -> str:
+def _hub_commit(model: str, revision: str | None, title: str) -> str:
     try:
         commit = HfApi().model_info(model, revision=revision).sha
         if commit:
             return commit
     except GatedRepoError as error:
         raise MissingCheckpointError(
-            f"reference {model}: gated; accept its licence on the hub and log in (`hf auth login`)"
+            f"{title}: gated; accept its licence on the hub and log in (`hf auth login`)"
         ) from error
     except RevisionNotFoundError as error:
-        raise MissingCheckpointError(f"reference {model}: no revision {revision!r} on the hub") from error
+        raise MissingCheckpointError(f"{title}: no revision {revision!r} on the hub") from error
     except RepositoryNotFoundError as error:
         raise MissingCheckpointError(
-            f"reference {model}: no such repository on the hub (or no access), and no such local folder"
+            f"{title}: no such repository on the hub (or no access), and no such local folder"
         ) from error
     except (OfflineModeIsEnabled, HfHubHTTPError, httpx.HTTPError, OSError):
         pass  # no network: what was downloaded before decides
-    return _downloaded_commit(model, revision)
+    return _downloaded_commit(model, revision, title)
 
 
-def _downloaded_commit(model: str, revision: str | None) -> str:
+def _downloaded_commit(model: str, revision: str | None, title: str) -> str:
     try:
         snapshot = snapshot_download(model, revision=revision, local_files_only=True, allow_patterns=["config.json"])
     except (LocalEntryNotFoundError, OSError, ValueError) as error:
         raise MissingCheckpointError(
-            f"reference {model}: the hub cannot be reached and revision {revision or 'main'!r} was not downloaded "
+            f"{title}: the hub cannot be reached and revision {revision or 'main'!r} was not downloaded "
             "before; download it (`hf download`), give a local folder, or import its scores (`axolotl poft import`)"
         ) from error
     return Path(snapshot).name
 
 
-def _folder_hash(folder: Path, cache: ScoreCache) -> str:
+def _folder_hash(folder: Path, cache: ScoreCache, title: str) -> str:
     files = sorted({file for pattern in WEIGHT_FILES for file in folder.glob(pattern)})
     if not (folder / "config.json").exists():
         adapter = (folder / "adapter_config.json").exists()
         hint = "a LoRA adapter: merge it first (`axolotl merge-lora`)" if adapter else "no config.json in it"
-        raise MissingCheckpointError(f"reference {folder}: not a model folder: {hint}")
+        raise MissingCheckpointError(f"{title}: not a model folder: {hint}")
     known = cache.read_note("fingerprints")
     fresh: dict[str, Any] = {}
     digest = hashlib.sha256()

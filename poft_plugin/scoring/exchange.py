@@ -24,7 +24,7 @@ EXPORTED = pa.schema(
 
 @dataclass(frozen=True)
 class ImportedScores:
-    """Scores of one reference that were made elsewhere.
+    """Scores of one model that were made elsewhere.
 
     Args:
         table: `row_key, reward, num_tokens`, each key once.
@@ -42,46 +42,56 @@ class ImportedScores:
         return Lookup(rewards, np.where(np.isnan(rewards), 0, tokens))
 
 
-def read_score_file(path: str | Path, source: str) -> ImportedScores:
-    """One reference's scores out of a parquet file.
+def read_score_file(path: str | Path, source: str, *, log_probabilities: bool = True) -> ImportedScores:
+    """One model's scores out of a parquet file.
 
     Args:
         path: the file, with `row_key` and `reward`, and maybe `model` and `num_tokens`.
-        source: the reference; rows of other models in the file are left aside.
+        source: the model; rows of other models in the file are left aside.
+        log_probabilities: whether rewards are mean log-probabilities, which cannot be above 0; a reward model's
+            scores are not.
 
     Raises:
-        ValueError: if the file is not there or not of that form, a reward is not finite, or a key comes twice with
-            different rewards.
+        ValueError: if the file is not there or not of that form, a reward is not finite, or above 0 where it cannot
+            be, or a key comes twice with different rewards.
     """
-    by_model = _by_model(Path(path), default=source)
+    by_model = _by_model(Path(path), default=source, log_probabilities=log_probabilities)
     if source not in by_model:
         raise ValueError(f"{path}: no scores of {source!r} in it; its column `model` has {sorted(by_model)}")
     return by_model[source]
 
 
-def import_scores(path: str | Path, sources: Sequence[str], keys: pa.ChunkedArray, cache: ScoreCache) -> dict[str, int]:
+def import_scores(
+    path: str | Path,
+    sources: Sequence[str],
+    keys: pa.ChunkedArray,
+    cache: ScoreCache,
+    *,
+    log_probabilities: bool = True,
+) -> dict[str, int]:
     """Takes a score file into the cache.
 
     Args:
         path: the parquet file.
-        sources: the config's references (`model` as written, or `name` where only scores are given).
+        sources: the config's references, or its reward model (`model` as written, or `name` where only scores are
+            given).
         keys: every row key of the config's data.
         cache: where they go.
+        log_probabilities: as `read_score_file`.
 
     Returns:
-        Scores taken, by reference.
+        Scores taken, by model.
 
     Raises:
-        ValueError: for a model that is no reference of the config, a key that is no row of its data, or as
+        ValueError: for a model that is none of the config's, a key that is no row of its data, or as
             `read_score_file`. Nothing is imported then.
     """
     only = sources[0] if len(sources) == 1 else None
-    by_model = _by_model(Path(path), default=only)
+    what = "reference" if log_probabilities else "reward model"
+    by_model = _by_model(Path(path), default=only, log_probabilities=log_probabilities)
     for model, scores in by_model.items():
         if model not in sources:
-            raise ValueError(
-                f"{path}: scores of {model!r}, which is no reference of this config ({', '.join(sources)})"
-            )
+            raise ValueError(f"{path}: scores of {model!r}, which is no {what} of this config ({', '.join(sources)})")
         foreign = pc.filter(scores.table["row_key"], pc.invert(pc.is_in(scores.table["row_key"], value_set=keys)))
         if len(foreign):
             raise ValueError(
@@ -94,7 +104,7 @@ def import_scores(path: str | Path, sources: Sequence[str], keys: pa.ChunkedArra
 
 
 def imported_scores(cache: ScoreCache, source: str) -> ImportedScores | None:
-    """What was imported for a reference before, or None."""
+    """What was imported for a model before, or None."""
     note = cache.read_note("imports").get(source)
     if note is None:
         return None
@@ -109,13 +119,13 @@ def export_scores(
     identities: Mapping[str, Identity | None],
     texts: pa.ChunkedArray | None = None,
 ) -> int:
-    """Writes `row_key, model, reward, num_tokens`, one line per row key and reference.
+    """Writes `row_key, model, reward, num_tokens`, one line per row key and model.
 
     Args:
         path: the parquet file to write, atomically.
         keys: unique row keys.
-        lookups: each reference's scores, aligned with `keys`.
-        identities: each reference's identity, for the file's metadata.
+        lookups: each model's scores, aligned with `keys`.
+        identities: each model's identity, for the file's metadata.
         texts: with it, every row is listed with its conversation, and rows without a score have a null reward.
 
     Returns:
@@ -142,11 +152,12 @@ def _exported(keys: pa.ChunkedArray, model: str, lookup: Lookup, texts: pa.Chunk
     return table.filter(pa.array(scored)) if texts is None else table.append_column("conversation", texts)
 
 
-def _by_model(path: Path, default: str | None) -> dict[str, ImportedScores]:
+def _by_model(path: Path, default: str | None, *, log_probabilities: bool) -> dict[str, ImportedScores]:
     table, identities = _read(path)
+    _check_rewards(table, str(path), log_probabilities=log_probabilities)
     if "model" not in table.column_names:
         if default is None:
-            raise ValueError(f"{path}: no column `model`; with several references it must say whose scores they are")
+            raise ValueError(f"{path}: no column `model`; with several models it must say whose scores they are")
         table = table.append_column("model", pa.array([default] * table.num_rows, pa.string()))
     models = pc.unique(table["model"]).to_pylist()
     return {
@@ -180,17 +191,22 @@ def _read(path: Path) -> tuple[pa.Table, dict[str, Any]]:
     except pa.ArrowInvalid as error:
         raise ValueError(f"{path}: the column 'reward' must hold numbers ({error})") from error
     table = table.set_column(table.column_names.index("reward"), "reward", rewards)
+    metadata = (table.schema.metadata or {}).get(METADATA)
+    return table, json.loads(metadata)["scorers"] if metadata else {}
+
+
+def _check_rewards(table: pa.Table, where: str, *, log_probabilities: bool) -> None:
     infinite = table.filter(pc.invert(pc.is_finite(table["reward"])))
     if infinite.num_rows:
-        raise ValueError(f"{path}: the reward of row key {infinite['row_key'][0]} is not finite")
+        raise ValueError(f"{where}: the reward of row key {infinite['row_key'][0]} is not finite")
+    if not log_probabilities:
+        return
     positive = table.filter(pc.greater(table["reward"], ROUNDING))
     if positive.num_rows:
         raise ValueError(
-            f"{path}: {positive.num_rows} rewards are above 0, the first {positive['reward'][0]} of row key "
+            f"{where}: {positive.num_rows} rewards are above 0, the first {positive['reward'][0]} of row key "
             f"{positive['row_key'][0]}; a reward is a mean log-probability per token, in nats. Check the sign"
         )
-    metadata = (table.schema.metadata or {}).get(METADATA)
-    return table, json.loads(metadata)["scorers"] if metadata else {}
 
 
 def _unique(table: pa.Table, where: str) -> pa.Table:

@@ -10,14 +10,12 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM
 
 from poft_plugin.data.preparation import Rows, RunContext
-from poft_plugin.scoring.cache import ScoreCache
-from poft_plugin.scoring.causal_lm import CausalLMScorer
-from poft_plugin.scoring.references import Reference
+from poft_plugin.scoring.cache import Lookup, ScoreCache
 from poft_plugin.scoring.run import accelerator, batches
-from poft_plugin.scoring.scorer import PreparedRow
+from poft_plugin.scoring.scorer import PreparedRow, Scorer
+from poft_plugin.scoring.sources import Source
 
 UTILISATION = 0.4
 """Share of the machine's matmul rate that a scoring run is assumed to reach."""
@@ -27,8 +25,8 @@ BYTES_PER_SCORE = 60
 
 
 @dataclass(frozen=True)
-class ReferencePlan:
-    """One reference's line of the plan.
+class ScoringPlan:
+    """One model's line of the plan.
 
     Args:
         name: its short name.
@@ -38,7 +36,7 @@ class ReferencePlan:
         to_score: rows without one that fit its context.
         too_long: rows that do not fit.
         tokens: tokens of the rows to score.
-        response_tokens: of these, the counted ones.
+        response_tokens: of these, the response's.
         parameters: of the model.
         flops: of one forward over the rows to score.
     """
@@ -68,11 +66,11 @@ class Probe:
     tokens_per_second: float
 
 
-def plan_reference(reference: Reference, rows: Rows, cache: ScoreCache) -> tuple[ReferencePlan, list[PreparedRow]]:
-    """Counts what a reference still has to score.
+def plan_reference(source: Source, rows: Rows, cache: ScoreCache) -> tuple[ScoringPlan, list[PreparedRow]]:
+    """Counts what a reference or reward model still has to score.
 
     Args:
-        reference: opened, so that access, revision and template were checked.
+        source: opened, so that access, revision and template were checked.
         rows: unique rows.
         cache: the score cache.
 
@@ -82,39 +80,50 @@ def plan_reference(reference: Reference, rows: Rows, cache: ScoreCache) -> tuple
     Raises:
         RowError: for a row that it cannot render.
     """
-    lookup = reference.lookup(rows, cache)
-    missing, label = np.flatnonzero(lookup.missing), reference.settings.label
-    known_long = int(lookup.too_long.sum())
-    cached = len(rows) - len(missing) - known_long
-    scorer = reference.scorer
-    if scorer is None:
-        location = reference.settings.scores or f"{reference.settings.model} (imported scores)"
-        return ReferencePlan(label, location, len(rows), cached, too_long=known_long), []
-    prepared = [
-        scorer.prepare(rows.keys[int(i)].as_py(), rows.conversation(int(i)), rows.where(int(i))) for i in missing
-    ]
+    lookup, scorer = source.lookup(rows, cache), source.scorer
+    if scorer is not None:
+        return plan_scoring(scorer, rows, lookup)
+    missing, known_long = int(lookup.missing.sum()), int(lookup.too_long.sum())
+    cached = len(rows) - missing - known_long
+    location = f"{source.settings.source} (scores made elsewhere)"
+    return ScoringPlan(source.label, location, len(rows), cached, too_long=known_long), []
+
+
+def plan_scoring(scorer: Scorer, rows: Rows, lookup: Lookup) -> tuple[ScoringPlan, list[PreparedRow]]:
+    """Counts what a model still has to score.
+
+    Args:
+        scorer: not loaded.
+        rows: unique rows.
+        lookup: what is known of them already.
+
+    Returns:
+        The plan, and the prepared rows that it would score.
+
+    Raises:
+        RowError: for a row that it cannot render.
+    """
+    missing, known_long = np.flatnonzero(lookup.missing), int(lookup.too_long.sum())
+    prepared = [scorer.prepare_row(rows, int(index)) for index in missing]
     context = scorer.context_length
     fitting = [row for row in prepared if context is None or len(row) <= context]
     tokens, response = sum(map(len, fitting)), int(sum(row.counted.sum() for row in fitting))
-    parameters, head = _parameters(scorer)
-    plan = ReferencePlan(
-        name=label,
+    plan = ScoringPlan(
+        name=scorer.name,
         location=_location(scorer),
         rows=len(rows),
-        cached=cached,
+        cached=len(rows) - len(missing) - known_long,
         to_score=len(fitting),
         too_long=known_long + len(prepared) - len(fitting),
         tokens=tokens,
         response_tokens=response,
-        parameters=parameters,
-        flops=2.0 * (parameters - 2 * head) * tokens + 2.0 * head * response,
+        parameters=scorer.num_parameters()[0],
+        flops=scorer.flops(tokens, response),
     )
     return plan, fitting
 
 
-def probe(
-    scorer: CausalLMScorer, prepared: Sequence[PreparedRow], *, count: int, batch_tokens: int, run: RunContext
-) -> Probe:
+def probe(scorer: Scorer, prepared: Sequence[PreparedRow], *, count: int, batch_tokens: int, run: RunContext) -> Probe:
     """Scores `count` batches spread over all lengths, and throws the scores away.
 
     Args:
@@ -149,18 +158,18 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
     return best
 
 
-def print_plan(plans: Sequence[ReferencePlan], rates: Sequence[float], cache: ScoreCache, console: Console) -> None:
+def print_plan(plans: Sequence[ScoringPlan], rates: Sequence[float], cache: ScoreCache, console: Console) -> None:
     """The plan as a table.
 
     Args:
-        plans: one per reference.
+        plans: one per model.
         rates: matmul rate for each, FLOP per second (unused where nothing is to be scored).
         cache: for the disk check.
         console: where it is printed.
     """
     table = Table(title="Scoring plan (nothing is loaded)")
-    for heading in ("reference", "rows", "tokens", "cached", "to score", "too long", "parameters", "FLOPs", "hours"):
-        table.add_column(heading, justify="left" if heading == "reference" else "right")
+    for heading in ("model", "rows", "tokens", "cached", "to score", "too long", "parameters", "FLOPs", "hours"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
     for plan, rate in zip(plans, rates, strict=True):
         hours = plan.flops / (UTILISATION * rate) / 3600 if plan.to_score else 0.0
         table.add_row(
@@ -174,7 +183,7 @@ def print_plan(plans: Sequence[ReferencePlan], rates: Sequence[float], cache: Sc
     _print_disk(plans, cache, console)
 
 
-def _print_disk(plans: Sequence[ReferencePlan], cache: ScoreCache, console: Console) -> None:
+def _print_disk(plans: Sequence[ScoringPlan], cache: ScoreCache, console: Console) -> None:
     folder = cache.folder.absolute()
     existing: Path = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free, needed = shutil.disk_usage(existing).free, sum(plan.to_score for plan in plans) * BYTES_PER_SCORE
@@ -185,14 +194,8 @@ def _print_disk(plans: Sequence[ReferencePlan], cache: ScoreCache, console: Cons
         )
 
 
-def _location(scorer: CausalLMScorer) -> str:
+def _location(scorer: Scorer) -> str:
     where = scorer.checkpoint.location
     pinned = f"commit {scorer.checkpoint.commit}" if scorer.checkpoint.commit else "local folder"
-    return f"{where} ({pinned}), {str(scorer.dtype).removeprefix('torch.')}, context {scorer.context_length}"
-
-
-def _parameters(scorer: CausalLMScorer) -> tuple[int, int]:
-    """Parameters of the model, and of its head, from the config alone."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(scorer.config, trust_remote_code=scorer.settings.trust_remote_code)
-    return sum(p.numel() for p in model.parameters()), model.get_output_embeddings().weight.numel()
+    context = "" if scorer.context_length is None else f", context {scorer.context_length}"
+    return f"{where} ({pinned}), {str(scorer.dtype).removeprefix('torch.')}{context}"

@@ -67,15 +67,18 @@ def prepare_missing(scorer: Scorer, rows: Rows, cache: ScoreCache, share: Share)
     prepared, errors = [], []
     for index in progress(mine, description=f"{scorer.name}: tokens"):
         try:
-            prepared.append(_prepare(scorer, rows, index))
+            prepared.append(scorer.prepare_row(rows, index))
         except RowError as error:
             errors.append(str(error))
     raise_row_errors(errors, len(mine))
+    if remark := scorer.remark(prepared):
+        print(remark, flush=True)
     context = scorer.context_length
     long = [row for row in prepared if context is not None and len(row) > context]
     if long:
         cache.write(scorer.identity, [Score(row.key, float("nan"), -len(row)) for row in long])
-        refuse_long_rows(scorer.name, rows, {row.key: len(row) for row in long}, drop=scorer.drops_long_rows)
+        lengths = {row.key: len(row) for row in long}
+        refuse_long_rows(scorer.name, rows, lengths, drop=scorer.drops_long_rows, what=scorer.kind)
     return [row for row in prepared if context is None or len(row) <= context]
 
 
@@ -116,21 +119,22 @@ def score_prepared(
         scorer.unload()
 
 
-def refuse_long_rows(name: str, rows: Rows, lengths: Mapping[str, int], *, drop: bool) -> None:
-    """Says which rows a reference cannot read.
+def refuse_long_rows(name: str, rows: Rows, lengths: Mapping[str, int], *, drop: bool, what: str = "reference") -> None:
+    """Says which rows a model cannot read.
 
     Args:
-        name: the reference.
+        name: the model.
         rows: the rows, for messages.
         lengths: tokens of the rows that do not fit, by key.
         drop: whether they are dropped.
+        what: what the model is to the user.
 
     Raises:
         RowError: if they are not to be dropped.
     """
     worst = max(lengths, key=lambda key: lengths[key])
     message = (
-        f"reference {name!r}: {len(lengths)} of {len(rows)} rows are longer than its context, the longest "
+        f"{what} {name!r}: {len(lengths)} of {len(rows)} rows are longer than its context, the longest "
         f"{rows.where_key(worst)} with {lengths[worst]} tokens"
     )
     if not drop:
@@ -183,14 +187,10 @@ def batches(rows: Sequence[PreparedRow], batch_tokens: int) -> Iterator[list[Pre
         yield batch
 
 
-def _prepare(scorer: Scorer, rows: Rows, index: int) -> PreparedRow:
-    return scorer.prepare(rows.keys[index].as_py(), rows.conversation(index), rows.where(index))
-
-
 def _check_finite(scorer: Scorer, scores: Sequence[Score], rows: Rows) -> None:
     for score in scores:
         if not np.isfinite(score.reward):
             raise ValueError(
-                f"{rows.where_key(score.key)}: reference {scorer.name!r} gives the reward {score.reward}; its "
+                f"{rows.where_key(score.key)}: {scorer.kind} {scorer.name!r} gives the reward {score.reward}; its "
                 "weights or dtype overflow. Try `dtype: bfloat16` or `float32` for it"
             )

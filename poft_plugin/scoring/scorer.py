@@ -4,11 +4,15 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import torch
 
-from poft_plugin.data.rows import Conversation
+from poft_plugin.data.preparation import Rows
+
+if TYPE_CHECKING:
+    from poft_plugin.scoring.checkpoints import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class PreparedRow:
     Args:
         key: row key.
         input_ids: int32 `(T,)`.
-        counted: bool `(T,)`, the tokens whose log-probability counts.
+        counted: bool `(T,)`, the response's tokens: those whose log-probability counts.
     """
 
     key: str
@@ -55,8 +59,9 @@ class Score:
 
     Args:
         key: row key.
-        reward: what the scorer measures; for a causal LM the mean log-probability per response token, nats.
-        num_tokens: tokens counted.
+        reward: what the scorer measures: a causal LM the mean log-probability per response token, nats; a reward
+            model the logit of its one label, of any sign.
+        num_tokens: tokens that were measured: the response's; of a reward model the whole row's.
     """
 
     key: str
@@ -70,6 +75,21 @@ class Scorer(Protocol):
     @property
     def name(self) -> str:
         """Short name in tables."""
+        ...
+
+    @property
+    def kind(self) -> str:
+        """What it is in messages, such as `reference`."""
+        ...
+
+    @property
+    def checkpoint(self) -> "Checkpoint":
+        """Where its weights are."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' dtype."""
         ...
 
     @property
@@ -92,8 +112,20 @@ class Scorer(Protocol):
         """Accelerators that one copy takes."""
         ...
 
-    def prepare(self, key: str, conversation: Conversation, where: str) -> PreparedRow:
-        """Tokenizes a row, whatever its length; `RowError` where it cannot be scored."""
+    def prepare_row(self, rows: Rows, index: int) -> PreparedRow:
+        """Tokenizes one of the rows, whatever its length; `RowError` where it cannot be scored."""
+        ...
+
+    def remark(self, prepared: Sequence[PreparedRow]) -> str | None:
+        """What preparing did to these rows that a user should know, in one line; None for nothing."""
+        ...
+
+    def num_parameters(self) -> tuple[int, int]:
+        """Parameters of the model, and of its head, from the config alone."""
+        ...
+
+    def flops(self, tokens: int, response_tokens: int) -> float:
+        """Of one forward over rows of so many tokens in all."""
         ...
 
     def load(self, device: str) -> None:

@@ -85,18 +85,111 @@ def test_padded_on_the_left() -> None:
     assert batch["sequence_ids"].tolist() == [[0, 0, 0], [-1, -1, 1]]
 
 
+def sample(*sequences: list[int], **columns: Any) -> Row:
+    """A sample whose sequences lie end to end, each one's first token the prompt, with all that a row may hold."""
+    return {
+        "input_ids": [token for ids in sequences for token in ids],
+        "labels": [X if position == 0 else token for ids in sequences for position, token in enumerate(ids)],
+        "attention_mask": [1 for ids in sequences for _ in ids],
+        "position_ids": [position for ids in sequences for position in range(len(ids))],
+        "sequence_lengths": [len(ids) for ids in sequences],
+        **columns,
+    }
+
+
+TWO = sample([1, 2, 3], [4, 5], score=[-1.0, -2.0], other=torch.tensor([7.0, 8.0]))
+ONE = sample([6, 7], score=[-3.0], other=torch.tensor(9.0))
+THREE = sample([8], [9, 10, 11, 12], [13, 14], score=(-4.0, -5.0, -6.0), other=0.5)
+
+
 @pytest.mark.parametrize("packed", [True, False])
-def test_groups_of_several_sequences(packed: bool) -> None:
-    """A sample whose sequences lie end to end: one number a sequence, one group a sample."""
-    pair = row(1, 2, 3, 4, 5, sequence_lengths=[3, 2], score=[-1.0, -2.0], other=torch.tensor([7.0, 8.0]))
-    single = row(6, 7, sequence_lengths=[2], score=[-3.0], other=torch.tensor(9.0))
-    features = [[pair, single]] if packed else [pair, single]
+def test_columns_of_several_sequences(packed: bool) -> None:
+    """One number a sequence, a single one for all of a sample's; one group a sample."""
+    features = [[TWO, ONE], [THREE]] if packed else [TWO, ONE, THREE]
     batch = collate(features, packing if packed else padded, ("score", "other"))
-    expected = [[0, 0, 0, 1, 1, 2, 2, -1]] if packed else [[0, 0, 0, 1, 1], [2, 2, -1, -1, -1]]
-    assert batch["sequence_ids"].tolist() == expected
-    assert batch["group_ids"].tolist() == [0, 0, 1]
-    assert batch["score"].tolist() == [-1, -2, -3]
-    assert batch["other"].tolist() == [7, 8, 9]
+    assert batch["group_ids"].tolist() == [0, 0, 1, 2, 2, 2]
+    assert batch["score"].tolist() == [-1, -2, -3, -4, -5, -6]
+    assert batch["other"].tolist() == [7, 8, 9, 0.5, 0.5, 0.5]
+    assert batch["score"].dtype == batch["other"].dtype == torch.float64
+
+
+def test_packed_samples_lie_as_they_are() -> None:
+    batch = collate([[TWO, ONE], [THREE]], packing)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7, 0], [8, 9, 10, 11, 12, 13, 14, 0]]
+    assert batch["labels"].tolist() == [[X, 2, 3, X, 5, X, 7, X], [X, X, 10, 11, 12, X, 14, X]]
+    assert batch["sequence_ids"].tolist() == [[0, 0, 0, 1, 1, 2, 2, -1], [3, 4, 4, 4, 4, 5, 5, -1]]
+
+
+def test_unpacked_every_sequence_is_a_row() -> None:
+    batch = collate([TWO, ONE, THREE])
+    assert batch["input_ids"].tolist() == [
+        [1, 2, 3, 0], [4, 5, 0, 0], [6, 7, 0, 0], [8, 0, 0, 0], [9, 10, 11, 12], [13, 14, 0, 0],
+    ]  # fmt: skip
+    assert batch["labels"].tolist() == [
+        [X, 2, 3, X], [X, 5, X, X], [X, 7, X, X], [X, X, X, X], [X, 10, 11, 12], [X, 14, X, X],
+    ]  # fmt: skip
+    assert batch["sequence_ids"].tolist() == [
+        [0, 0, 0, -1], [1, 1, -1, -1], [2, 2, -1, -1], [3, -1, -1, -1], [4, 4, 4, 4], [5, 5, -1, -1],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_several_sequences_padded_on_the_left(packed: bool) -> None:
+    def left(rows: Any) -> dict[str, Tensor]:
+        rows = [row for pack in rows for row in pack] if packed else rows  # one sample a pack
+        return padded(rows, "left", multiple=4)
+
+    batch = collate([[TWO], [ONE]] if packed else [TWO, ONE], left, side="left")
+    apart = [[-1, 0, 0, 0], [-1, -1, 1, 1], [-1, -1, 2, 2]]
+    together = [[-1, -1, -1, 0, 0, 0, 1, 1], [-1, -1, -1, -1, -1, -1, 2, 2]]
+    assert batch["sequence_ids"].tolist() == (together if packed else apart)
+
+
+def test_what_the_host_is_given() -> None:
+    """Packed, position ids say where sequences end; a sequence alone in its row needs none."""
+    seen: list[Row] = []
+
+    def tokens(rows: Any) -> dict[str, Tensor]:
+        seen.extend(rows[0] if isinstance(rows[0], list) else rows)
+        return {"input_ids": torch.zeros(3, 8)}
+
+    collate([TWO], tokens)
+    assert seen == [
+        {"input_ids": [1, 2, 3], "labels": [X, 2, 3], "attention_mask": [1, 1, 1]},
+        {"input_ids": [4, 5], "labels": [X, 5], "attention_mask": [1, 1]},
+    ]
+    seen.clear()
+    collate([[TWO]], tokens)
+    assert seen == [{name: TWO[name] for name in ("input_ids", "labels", "attention_mask", "position_ids")}]
+    assert seen[0]["position_ids"] == [0, 1, 2, 0, 1]
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_packing_changes_neither_targets_nor_columns(packed: bool) -> None:
+    features = [[TWO, ONE, THREE]] if packed else [TWO, ONE, THREE]
+    batch = collate(features, packing if packed else padded, ("score",))
+    _, targets, sequences = response_positions(batch["labels"], batch["sequence_ids"])
+    assert targets.tolist() == [2, 3, 5, 7, 10, 11, 12, 14]
+    assert batch["group_ids"][sequences].tolist() == [0, 0, 0, 1, 2, 2, 2, 2]
+    assert batch["score"][sequences].tolist() == [-1, -1, -2, -3, -5, -5, -5, -6]
+
+
+@pytest.mark.parametrize("number", [7, 7.0, torch.tensor(7.0), torch.tensor(7)])
+def test_one_number_is_for_all_sequences_of_a_row(number: Any) -> None:
+    assert collate([sample([1, 2], [3], [4], score=number), ONE])["score"].tolist() == [7, 7, 7, -3]
+
+
+def test_optional_columns_are_taken_along_where_all_rows_have_them() -> None:
+    collator = MethodCollator(padded, ("score",), optional=("other", "elsewhere"))
+    rows = [{**TWO, "elsewhere": 1.0}, ONE]
+    assert collator(rows).keys() == {"input_ids", "labels", "sequence_ids", "group_ids", "score", "other"}
+    assert collator(rows)["other"].tolist() == [7, 8, 9]
+    assert collator(rows[:1])["elsewhere"].tolist() == [1, 1]
+
+
+def test_an_optional_column_with_other_numbers_than_sequences_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"column 'other' has 1 number\(s\) in a row of 2 sequence\(s\)"):
+        MethodCollator(padded, (), optional=("other",))([{**TWO, "other": [7.0]}])
 
 
 def test_only_the_asked_columns_and_no_others_reach_the_batch() -> None:
@@ -125,7 +218,7 @@ def test_a_missing_column_is_named(features: list[Row]) -> None:
         collate(features)
 
 
-@pytest.mark.parametrize("score", [-1.0, [-1.0], [-1.0, -2.0, -3.0]])
+@pytest.mark.parametrize("score", [[], [-1.0], torch.tensor([-1.0]), [-1.0, -2.0, -3.0]])
 def test_numbers_that_do_not_fit_the_sequences_are_refused(score: Any) -> None:
     """Flattened, they would belong to other rows' sequences."""
     pair = row(1, 2, 3, sequence_lengths=[2, 1], score=score)

@@ -1,4 +1,4 @@
-"""The filter by preference score: exact counts, ties, groups."""
+"""The filters: by preference score, with exact counts, ties and groups; and by level."""
 
 from typing import Any
 
@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from poft_plugin.data.filters import keep_top_percent, top_percent_count
+from poft_plugin.config import parse_block, settings_model
+from poft_plugin.data.filters import keep_levels, keep_top_percent, top_percent_count
+from poft_plugin.data.grading import grade_within
 from poft_plugin.data.preparation import Rows
 
 PERCENT = st.one_of(st.floats(1e-6, 100), st.integers(1, 100), st.decimals("0.01", 100, places=2).map(float))
@@ -109,3 +111,39 @@ def test_the_order_of_the_rows_does_not_matter(data: st.DataObject) -> None:
 def test_a_share_out_of_range_is_refused(percent: float) -> None:
     with pytest.raises(ValueError, match=f"keep_top_percent: percent: {percent}; above 0 and at most 100"):
         keep_top_percent(rows([-1.0, -2.0]), percent=percent)
+
+
+def graded(levels: Any) -> Rows:
+    """Rows with a level each."""
+    return Rows(rows([0.0] * len(levels)).table, {"level": np.asarray(levels)})
+
+
+@pytest.mark.parametrize(
+    ("levels", "kept"), [("A", [1]), ("B", [0, 3]), ("C", [2]), ("A+B", [0, 1, 3]), ("B+C", [0, 2, 3])]
+)
+@pytest.mark.parametrize("dtype", ["<U1", object])
+def test_rows_of_the_asked_levels_stay(levels: Any, kept: list[int], dtype: Any) -> None:
+    keep = keep_levels(graded(np.array(["B", "A", "C", "B"], dtype=dtype)), levels=levels)
+    assert (keep.dtype, keep.shape) == (bool, (4,))
+    assert np.flatnonzero(keep).tolist() == kept
+
+
+def test_no_row_of_an_asked_level_keeps_none() -> None:
+    assert keep_levels(graded(["B", "C"]), levels="A").tolist() == [False, False]
+    assert keep_levels(graded(np.array([], dtype="<U1")), levels="A").tolist() == []
+
+
+def test_levels_come_from_grading() -> None:
+    levels = grade_within([4.0, 3.0, 2.0, 1.0], ["x"] * 4, top_percent=50, bottom_percent=25)
+    assert keep_levels(graded(levels), levels="A").tolist() == [True, True, False, False]
+
+
+def test_rows_without_a_level_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^keep_levels: the rows have no level; it goes with an `rl: deft_\.\.\.`"):
+        keep_levels(rows([-1.0]), levels="A")
+
+
+@pytest.mark.parametrize("levels", ["D", "", "A+C", "A+B+C", "a", None, ["A"]])
+def test_other_levels_are_refused_at_config_load(levels: Any) -> None:
+    with pytest.raises(ValueError, match=r"^row_filters\[0\]\.levels: .*'A', 'B', 'C', 'A\+B' or 'B\+C' \(given: "):
+        parse_block(settings_model(keep_levels), {"levels": levels}, "row_filters[0]")

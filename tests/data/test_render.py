@@ -71,7 +71,7 @@ def by_bytes(tokenizer: Any, rendered: Rendered, spans: list[tuple[int, int]]) -
 
 def test_single_turn_by_hand(byte_level: Any) -> None:
     turns = (user("alpha?"), assistant("beta gamma."))
-    rendered = Renderer(byte_level, tiny.CHATML, "ref")(turns, WHERE)
+    rendered = Renderer(byte_level, tiny.CHATML, "reference 'ref'")(turns, WHERE)
     assert rendered.text == chatml(turns)[0]
     assert list(rendered.input_ids) == byte_level(rendered.text, add_special_tokens=False)["input_ids"]
     assert counted_text(byte_level, rendered) == "beta gamma."
@@ -85,7 +85,9 @@ def test_only_the_template_writes_special_tokens(byte_level: Any, tmp_path: Path
     added = processors.TemplateProcessing(single="<|bos|> $A", special_tokens=[("<|bos|>", tokenizer.bos_token_id)])
     tokenizer.backend_tokenizer.post_processor = added
     assert tokenizer("one")["input_ids"][0] == tokenizer.bos_token_id
-    rendered = Renderer(tokenizer, "{{ bos_token }}" + tiny.CHATML, "ref")((user("one"), assistant("two")), WHERE)
+    rendered = Renderer(tokenizer, "{{ bos_token }}" + tiny.CHATML, "reference 'ref'")(
+        (user("one"), assistant("two")), WHERE
+    )
     assert rendered.input_ids.count(tokenizer.bos_token_id) == 1
 
 
@@ -98,7 +100,7 @@ def test_only_counted_turns_count(byte_level: Any) -> None:
         user("six"),
         assistant("."),
     )
-    rendered = Renderer(byte_level, tiny.CHATML, "ref")(turns, WHERE)
+    rendered = Renderer(byte_level, tiny.CHATML, "reference 'ref'")(turns, WHERE)
     assert counted_text(byte_level, rendered) == "four."
     assert list(rendered.counted) == by_bytes(byte_level, rendered, chatml(turns)[1])
 
@@ -106,7 +108,7 @@ def test_only_counted_turns_count(byte_level: Any) -> None:
 @pytest.mark.parametrize("content", ["alpha", "assistant", "user\n", "<|im_end|>", "xqTURN1qx", "xxqTURN3qxx", "a|b("])
 def test_an_answer_that_occurs_elsewhere_too_is_found_at_its_own_place(byte_level: Any, content: str) -> None:
     turns = (user(content), assistant(content), user(content), assistant(content))
-    rendered = Renderer(byte_level, tiny.CHATML, "ref")(turns, WHERE)
+    rendered = Renderer(byte_level, tiny.CHATML, "reference 'ref'")(turns, WHERE)
     assert list(rendered.counted) == by_bytes(byte_level, rendered, chatml(turns)[1])
 
 
@@ -118,7 +120,7 @@ def test_byte_level_tokens_count_where_they_hold_a_byte_of_a_response(
     """Runs of spaces, characters of several bytes, tokens that begin or end with white space."""
     pairs = [(user(question), assistant(answer, counted)) for question, answer, counted in turns]
     conversation = (*[turn for pair in pairs for turn in pair], user("?"), assistant("last"))
-    rendered = Renderer(byte_level, tiny.CHATML, "ref")(conversation, WHERE)
+    rendered = Renderer(byte_level, tiny.CHATML, "reference 'ref'")(conversation, WHERE)
     text, spans = chatml(conversation)
     assert rendered.text == text
     assert list(rendered.counted) == by_bytes(byte_level, rendered, spans)
@@ -133,7 +135,7 @@ def test_templates_may_strip_and_add_white_space(
     template = (
         "{% for m in messages %}{{ m.role }}:" + before + "{{ m.content " + filters + " }}" + after + "{% endfor %}"
     )
-    rendered = Renderer(byte_level, template, "ref")((user("one"), assistant(content), user("two")), WHERE)
+    rendered = Renderer(byte_level, template, "reference 'ref'")((user("one"), assistant(content), user("two")), WHERE)
     kept = content.strip() if filters else content
     question = len(f"user:{before}one{after}assistant:{before}")
     assert rendered.text[question:].startswith(kept + after)
@@ -144,7 +146,9 @@ def test_generation_markers_are_not_needed_and_do_no_harm(byte_level: Any) -> No
     marked = tiny.CHATML.replace("{{ m['content'] }}", "{% generation %}{{ m['content'] }}{% endgeneration %}")
     assert "generation %}" in marked
     turns = (user("one"), assistant("two three"))
-    plain, other = (Renderer(byte_level, template, "ref")(turns, WHERE) for template in (tiny.CHATML, marked))
+    plain, other = (
+        Renderer(byte_level, template, "reference 'ref'")(turns, WHERE) for template in (tiny.CHATML, marked)
+    )
     assert plain == other
 
 
@@ -162,7 +166,7 @@ def test_a_template_that_alters_a_response_is_an_error(byte_level: Any, content:
     template = "{% for m in messages %}<{{ m.role }}>" + content + "{% endfor %}"
     turns = (user("one"), assistant("two  three four five"), user("six"), assistant("seven eight nine ten"))
     with pytest.raises(RowError, match=r"^data.jsonl row 3 .*reference 'ref'.*template changes the response.*remove"):
-        Renderer(byte_level, template, "ref")(turns, WHERE)
+        Renderer(byte_level, template, "reference 'ref'")(turns, WHERE)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +180,7 @@ def test_a_template_that_alters_a_response_is_an_error(byte_level: Any, content:
 def test_system_turns(byte_level: Any, mode: SystemTurns, expected: Conversation) -> None:
     turns = (Turn("system", "Be kind."), user("one"), Turn("system", "And short."), assistant("two"))
     assert apply_system_turns(turns, mode) == expected
-    rendered = Renderer(byte_level, tiny.CHATML, "ref", system_turns=mode)(turns, WHERE)
+    rendered = Renderer(byte_level, tiny.CHATML, "reference 'ref'", system_turns=mode)(turns, WHERE)
     assert rendered.text == chatml(expected)[0]
     assert counted_text(byte_level, rendered) == "two"
 
@@ -191,14 +195,14 @@ def test_without_system_turns_nothing_changes(mode: SystemTurns) -> None:
 
 
 def test_a_template_that_refuses_the_turns_names_row_reference_and_remedy(byte_level: Any) -> None:
-    renderer = Renderer(byte_level, tiny.INST, "ref")
+    renderer = Renderer(byte_level, tiny.INST, "reference 'ref'")
     turns = (Turn("system", "Be kind."), user("one"), assistant("two"))
     with pytest.raises(RowError, match=r"^data.jsonl row 3 .*'ref' refuses.*only user and assistant.*`system_turns: m"):
         renderer(turns, WHERE)
     with pytest.raises(RowError, match="refuses the turns") as refusal:
         renderer((user("one"), assistant("two"), Turn("tool", "three")), WHERE)
     assert "system_turns" not in str(refusal.value)
-    merged = Renderer(byte_level, tiny.INST, "ref", system_turns="merge")(turns, WHERE)
+    merged = Renderer(byte_level, tiny.INST, "reference 'ref'", system_turns="merge")(turns, WHERE)
     assert merged.text == "<|bos|>[INST] Be kind.\n\none [/INST] two<|im_end|>"
 
 
@@ -207,7 +211,8 @@ def test_end_of_turn_tokens_count_where_asked(byte_level: Any, gap: str, counts:
     template = tiny.CHATML.replace("<|im_end|>", gap + "<|im_end|>")
     turns = (user("one"), assistant("two", counted=False), user("three"), assistant("two"))
     without, with_end = (
-        Renderer(byte_level, template, "ref", include_end_of_turn=asked)(turns, WHERE) for asked in (False, True)
+        Renderer(byte_level, template, "reference 'ref'", include_end_of_turn=asked)(turns, WHERE)
+        for asked in (False, True)
     )
     assert counted_text(byte_level, without) == "two"
     assert counted_text(byte_level, with_end) == "".join(counts)
@@ -219,7 +224,7 @@ def test_a_template_without_an_end_of_turn_token_is_refused_where_one_counts(byt
     template = "{% for m in messages %}### {{ m.role }}\n{{ m.content }}\n{% endfor %}"
     turns = (user("one"), assistant("two"), user("three"))
     with pytest.raises(RowError, match=r"row 3 .*'ref'.*`include_end_of_turn: true`.*'\\n### user\\nthree\\n'.*false"):
-        Renderer(byte_level, template, "ref", include_end_of_turn=True)(turns, WHERE)
+        Renderer(byte_level, template, "reference 'ref'", include_end_of_turn=True)(turns, WHERE)
 
 
 @pytest.mark.parametrize("content", ["alpha", "  alpha", "\nalpha", "alpha \n", "al<|end|> pha"])
@@ -232,7 +237,9 @@ def test_role_tokens_that_swallow_white_space_are_not_the_response(
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     tokenizer.add_tokens([AddedToken("<|assistant|>", rstrip=True), AddedToken("<|end|>", lstrip=True)], True)
     template = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
-    rendered = Renderer(tokenizer, template, "ref", include_end_of_turn=include)((user("one"), assistant(content)), "")
+    rendered = Renderer(tokenizer, template, "reference 'ref'", include_end_of_turn=include)(
+        (user("one"), assistant(content)), ""
+    )
     tokens = tokenizer.convert_ids_to_tokens(list(rendered.input_ids))
     counted = [token for token, counts in zip(tokens, rendered.counted, strict=True) if counts]
     assert "<|assistant|>" not in counted
@@ -243,7 +250,7 @@ def test_role_tokens_that_swallow_white_space_are_not_the_response(
 def test_templates_that_print_the_date_print_a_fixed_one(byte_level: Any) -> None:
     """A score must not depend on the day it was made."""
     template = "{{ strftime_now('%d %b %Y') }}\n" + tiny.CHATML
-    rendered = Renderer(byte_level, template, "ref")((user("one"), assistant("two")), WHERE)
+    rendered = Renderer(byte_level, template, "reference 'ref'")((user("one"), assistant("two")), WHERE)
     assert rendered.text.startswith("26 Jul 2024\n")
     assert datetime.date(2024, 7, 26) == FIXED_DATE
     assert counted_text(byte_level, rendered) == "two"
@@ -251,7 +258,7 @@ def test_templates_that_print_the_date_print_a_fixed_one(byte_level: Any) -> Non
 
 def test_the_first_token_never_counts(byte_level: Any) -> None:
     """Nothing predicts it."""
-    renderer = Renderer(byte_level, "{% for m in messages %}{{ m.content }}{% endfor %}", "ref")
+    renderer = Renderer(byte_level, "{% for m in messages %}{{ m.content }}{% endfor %}", "reference 'ref'")
     rendered = renderer((assistant("alpha beta"),), WHERE)
     assert rendered.counted == (False, *[True] * (len(rendered.input_ids) - 1))
     with pytest.raises(RowError, match=r"row 3 .*'ref': the response has no token"):
@@ -263,14 +270,14 @@ def test_a_tokenizer_that_drops_the_response_is_an_error() -> None:
     words = Tokenizer(models.BPE({"o": 0, "n": 1, "e": 2}, []))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
-    renderer = Renderer(tokenizer, "{% for m in messages %}{{ m.content }} {% endfor %}", "ref")
+    renderer = Renderer(tokenizer, "{% for m in messages %}{{ m.content }} {% endfor %}", "reference 'ref'")
     with pytest.raises(RowError, match=r"row 3 .*'ref': the response has no token"):
         renderer((user("one"), assistant("1 2")), WHERE)
 
 
 def test_a_slow_tokenizer_is_refused() -> None:
     with pytest.raises(ValueError, match=r"reference 'ref': ByT5Tokenizer gives no character offsets.*fast tokenizer"):
-        Renderer(ByT5Tokenizer(), tiny.CHATML, "ref")
+        Renderer(ByT5Tokenizer(), tiny.CHATML, "reference 'ref'")
 
 
 @pytest.mark.parametrize("name", ["gpt2", "mistral-v3"])

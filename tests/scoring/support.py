@@ -7,13 +7,15 @@ import pyarrow as pa
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from poft_plugin.config import ReferenceConfig
+from poft_plugin.config import ReferenceConfig, RewardModelConfig
 from poft_plugin.data.preparation import Rows
 from poft_plugin.data.rows import Turn, dump_conversation, row_key
 from poft_plugin.scoring.cache import ScoreCache
 from poft_plugin.scoring.causal_lm import CausalLMScorer
 from poft_plugin.scoring.checkpoints import resolve_checkpoint
+from poft_plugin.scoring.reward_model import RewardModelScorer
 from poft_plugin.scoring.run import Share, prepare_missing, score_prepared
+from poft_plugin.scoring.scorer import Scorer
 
 
 def conversation(row: dict[str, Any]) -> tuple[Turn, ...]:
@@ -44,8 +46,14 @@ def scorer(folder: Path, cache: ScoreCache, *, include_end_of_turn: bool = False
     return CausalLMScorer(reference, checkpoint, include_end_of_turn)
 
 
+def grader(folder: Path, cache: ScoreCache, **settings: Any) -> RewardModelScorer:
+    """A scorer of a local reward model."""
+    model = RewardModelConfig(model=str(folder), **settings)
+    return RewardModelScorer(model, resolve_checkpoint(str(folder), model.revision, cache, "reward model"))
+
+
 def score_missing(
-    reference: CausalLMScorer, rows: Rows, cache: ScoreCache, *, share: Share, device: str, batch_tokens: int
+    reference: Scorer, rows: Rows, cache: ScoreCache, *, share: Share, device: str, batch_tokens: int
 ) -> int:
     """Prepares and scores one process's share, as the preprocessor does."""
     prepared = prepare_missing(reference, rows, cache, share)

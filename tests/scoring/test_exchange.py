@@ -101,3 +101,21 @@ def test_a_second_hand_made_import_corrects_the_first(tmp_path: Path) -> None:
 def test_an_unscored_reference_exports_nothing(tmp_path: Path) -> None:
     nothing = Lookup(np.full(3, np.nan), np.zeros(3, dtype=np.int32))
     assert export_scores(tmp_path / "e.parquet", KEYS, {"./a": nothing}, {"./a": IDENTITY}) == 0
+
+
+def test_scores_of_a_reward_model_may_have_any_sign(tmp_path: Path) -> None:
+    cache = ScoreCache(tmp_path / "c")
+    file = write(tmp_path / "f.parquet", row_key=["k1", "k2"], reward=[3.5, -2.0])
+    with pytest.raises(ValueError, match="above 0"):
+        read_score_file(file, "./a")
+    assert read_score_file(file, "./a", log_probabilities=False).table["reward"].to_pylist() == [3.5, -2.0]
+    assert import_scores(file, ["./a"], KEYS, cache, log_probabilities=False) == {"./a": 2}
+    imported = imported_scores(cache, "./a")
+    assert imported is not None
+    np.testing.assert_array_equal(imported.lookup(KEYS).rewards, [3.5, -2.0, np.nan])
+    infinite = write(tmp_path / "i.parquet", row_key=["k1"], reward=[float("inf")])
+    with pytest.raises(ValueError, match="k1 is not finite"):
+        import_scores(infinite, ["./a"], KEYS, cache, log_probabilities=False)
+    foreign = write(tmp_path / "o.parquet", row_key=["k1"], model=["./b"], reward=[3.5])
+    with pytest.raises(ValueError, match="'./b', which is no reward model of this config"):
+        import_scores(foreign, ["./a"], KEYS, cache, log_probabilities=False)

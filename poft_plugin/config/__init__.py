@@ -1,0 +1,18 @@
+"""The config blocks that users write: validated once, frozen, unknown keys refused by name."""
+
+from poft_plugin.config.blocks import Block, RowFilterConfig, parse_block, settings_model
+from poft_plugin.config.deft import DeftConfig, DpoKeys, RankingConfig, RewardModelConfig
+from poft_plugin.config.poft import PoftConfig, ReferenceConfig
+
+__all__ = [
+    "Block",
+    "DeftConfig",
+    "DpoKeys",
+    "PoftConfig",
+    "RankingConfig",
+    "ReferenceConfig",
+    "RewardModelConfig",
+    "RowFilterConfig",
+    "parse_block",
+    "settings_model",
+]

@@ -1,0 +1,117 @@
+"""Graded rows as files: one line per response with its score and level, or the rows themselves, ready to train on."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from poft_plugin.data.columns import LEVEL, ORDER, SCORES, SOURCE
+from poft_plugin.data.preparation import Rows
+from poft_plugin.data.ranked import RankedSample
+from poft_plugin.data.rows import dump_conversation, row_key
+from poft_plugin.scoring.cache import atomic_file
+from poft_plugin.scoring.exchange import METADATA
+from poft_plugin.scoring.sources import Source
+
+EXPORTED = pa.schema(
+    [
+        ("model", pa.string()), ("row_key", pa.string()), ("reward", pa.float64()), ("num_tokens", pa.int32()),
+        ("sample_key", pa.string()), ("response", pa.int32()), ("level", pa.string()), ("source", pa.string()),
+    ]
+)  # fmt: skip
+
+
+def export_graded(
+    path: Path, parts: Sequence[Rows], levels: Sequence[str], source: Source | None, *, texts: bool = False
+) -> int:
+    """Writes one line per response: `row_key, model, reward, num_tokens, sample_key, response, level, source`.
+
+    Args:
+        path: the parquet file to write, atomically.
+        parts: training rows with `scores` and `level` attached, and evaluation rows, which have no level.
+        levels: letters of the rows to write; none means all rows.
+        source: whose scores they are; None for the data's own.
+        texts: a column `conversation` besides.
+
+    Returns:
+        The number of lines. `response` counts from 0, the best by the run's own order; `row_key` is the response's own
+        key, as `axolotl poft import` asks for it.
+    """
+    model = "data" if source is None else source.settings.source
+    lines = [(model, *line) for rows in parts for index in _chosen(rows, levels) for line in _responses(rows, index)]
+    schema = EXPORTED.append(pa.field("conversation", pa.string())) if texts else EXPORTED
+    columns = list(zip(*lines, strict=True)) or [()] * len(schema)
+    identity = None if source is None or source.identity is None else dict(source.identity.fields)
+    metadata = {METADATA: json.dumps({"scorers": {model: identity}}).encode()}
+    table = pa.table(list(columns[: len(schema)]), schema=schema).replace_schema_metadata(metadata)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as temporary:
+        pq.write_table(table, temporary)
+    return len(lines)
+
+
+def write_graded_rows(path: Path, rows: Rows, levels: Sequence[str]) -> int:
+    """Writes the rows as JSON lines that the same methods read again.
+
+    A pair has `messages`, `chosen`, `rejected`, a longer list `messages` and `responses`, best first; both have
+    `scores` (`reward_scores` where a list is in another order), `level` and `source`.
+
+    Args:
+        path: the file to write, atomically.
+        rows: training rows with `scores` and `level` attached.
+        levels: letters of the rows to write; none means all.
+
+    Returns:
+        The number of rows.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    chosen = _chosen(rows, levels)
+    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for index in chosen:
+            file.write(json.dumps(_as_row(rows, index), ensure_ascii=False) + "\n")
+    return len(chosen)
+
+
+def _responses(rows: Rows, index: int) -> Iterator[tuple[Any, ...]]:
+    """The lines of one row, the best response first; who scored it elsewhere may not have counted tokens."""
+    sample, levels = rows.sample(index), rows.attached.get(LEVEL)
+    level = None if levels is None else str(levels[index])
+    for response, position in enumerate(_positions(rows, index, sample)):
+        conversation, score = sample.conversation(position), rows.attached[SCORES][index][position]
+        where = (rows.keys[index].as_py(), response, level, rows.table[SOURCE][index].as_py())
+        yield row_key(conversation), score, None, *where, dump_conversation(conversation)
+
+
+def _as_row(rows: Rows, index: int) -> dict[str, Any]:
+    sample = rows.sample(index)
+    positions = _positions(rows, index, sample)
+    responses = [sample.responses[position] for position in positions]
+    row: dict[str, Any] = {"messages": [{"role": turn.role, "content": turn.content} for turn in sample.prompt]}
+    if len(responses) == 2:
+        answers = [{"role": "assistant", "content": text} for text in responses]
+        row |= dict(zip(("chosen", "rejected"), answers, strict=True))
+    else:
+        row["responses"] = responses
+    scores = [rows.attached[SCORES][index][position] for position in positions]
+    # a list is sorted by `scores` when it is read: scores that did not make its order are called otherwise
+    made_the_order = ORDER in rows.attached or sample.scores == tuple(scores) or len(scores) == 2
+    return row | {
+        "scores" if made_the_order else "reward_scores": scores,
+        "level": str(rows.attached[LEVEL][index]),
+        "source": rows.table[SOURCE][index].as_py(),
+    }
+
+
+def _positions(rows: Rows, index: int, sample: RankedSample) -> list[int]:
+    order = rows.attached.get(ORDER)
+    return list(range(len(sample.responses))) if order is None else list(order[index])
+
+
+def _chosen(rows: Rows, levels: Sequence[str]) -> list[int]:
+    if not levels:
+        return list(range(len(rows)))
+    return [] if LEVEL not in rows.attached else np.flatnonzero(np.isin(rows.attached[LEVEL], levels)).tolist()

@@ -1,0 +1,163 @@
+"""Scores of responses, and the order that follows from them: a reward model's, or what came with the data."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel
+
+from poft_plugin.config import DeftConfig, RankingConfig, RewardModelConfig
+from poft_plugin.data.columns import CONVERSATION, ORDER, RANKS, ROW_KEY, ROW_NUMBER, SCORES, SOURCE
+from poft_plugin.data.groups import ragged
+from poft_plugin.data.preparation import Prepared, Rows, RunContext
+from poft_plugin.data.ranked import RankedSample, dense_ranks
+from poft_plugin.data.rows import dump_conversation, row_key
+from poft_plugin.scoring.cache import ScoreCache, cache_folder
+from poft_plugin.scoring.checkpoints import Checkpoint
+from poft_plugin.scoring.reward_model import RewardModelScorer
+from poft_plugin.scoring.sources import Source, check_revisions, open_source, score_all
+
+KIND = "reward model"
+
+
+def response_scores(rows: Rows, settings: BaseModel, run: RunContext) -> Prepared:
+    """Attaches `ranks`, and where anything depends on them `scores` (and `order`), one number per response.
+
+    Args:
+        rows: unique ranked rows.
+        settings: the block `deft:`.
+        run: this process; scoring is shared among all, without collectives.
+
+    Raises:
+        ValueError: for a reward model that cannot be used, responses that cannot be scored, or scores that are missing
+            where nothing may be scored.
+    """
+    assert isinstance(settings, RankingConfig)
+    samples = [rows.sample(index) for index in range(len(rows))]
+    if not needs_scores(settings):
+        return Prepared({RANKS: ragged([list(sample.ranks) for sample in samples])})
+    if settings.reward_model is None:
+        scores = _scores_of_the_data(samples, rows)
+    else:
+        scores = _scores_of_the_model(samples, rows, settings, run)
+    if settings.rank_by == "label":
+        return Prepared({SCORES: ragged(scores), RANKS: ragged([list(sample.ranks) for sample in samples])})
+    order = [sorted(range(len(row)), key=lambda index, row=row: -row[index]) for row in scores]  # type: ignore[misc]
+    ranks = [list(dense_ranks(row)) for row in scores]
+    return Prepared({SCORES: ragged(scores), RANKS: ragged(ranks), ORDER: ragged(order)})
+
+
+def needs_scores(settings: RankingConfig) -> bool:
+    """Whether anything depends on scores: the order, the temperature, levels, or the distribution reward."""
+    ranking = settings.rank_by == "reward" or settings.pro_temperature == "reward"
+    return ranking or (isinstance(settings, DeftConfig) and settings.grades)
+
+
+def check_ranking(settings: BaseModel) -> None:
+    """Finds the reward model of plain `pro` or `rrhf`, before any data is read.
+
+    Raises:
+        ValueError: for a reward model that nothing asks for, or that cannot be used.
+    """
+    assert isinstance(settings, RankingConfig)
+    if settings.reward_model is not None and not needs_scores(settings):
+        raise ValueError(
+            "deft.reward_model: nothing reads its scores here; set `rank_by: reward` (or `pro_temperature: reward`), "
+            "or remove it"
+        )
+    _open_if_needed(settings)
+
+
+def check_deft(settings: BaseModel) -> None:
+    """Finds the reward model of an `rl: deft_...`, before any data is read.
+
+    Raises:
+        ValueError: for an omega that is not known, or a reward model that cannot be used.
+    """
+    assert isinstance(settings, DeftConfig)
+    if settings.omega is None:
+        raise ValueError(
+            "deft.omega: missing; the paper names it for deft_dpo (2.5e-6) and deft_pro (2.5e-5) alone. Set it: the "
+            "log's deft/weighted_distribution_reward says how much of the loss it is (0 turns it off)"
+        )
+    _open_if_needed(settings)
+
+
+def open_reward_model(settings: RewardModelConfig, cache: ScoreCache) -> Source:
+    """Finds a reward model, and checks its head, tokenizer and template, without loading weights."""
+
+    def make(checkpoint: Checkpoint) -> RewardModelScorer:
+        scorer = RewardModelScorer(settings, checkpoint)
+        scorer.check()
+        return scorer
+
+    return open_source(settings, make, cache, kind=KIND)
+
+
+def response_rows(samples: Sequence[RankedSample], rows: Rows) -> tuple[Rows, list[list[str]]]:
+    """Every response after its prompt as a row of its own, known by its content.
+
+    Args:
+        samples: the rows' samples.
+        rows: where they come from, for messages.
+
+    Returns:
+        Unique rows, and the key of each sample's each response.
+    """
+    keys: list[list[str]] = []
+    texts: dict[str, tuple[str, int]] = {}
+    for number, sample in enumerate(samples):
+        conversations = [sample.conversation(index) for index in range(len(sample.responses))]
+        keys.append([row_key(conversation) for conversation in conversations])
+        for key, conversation in zip(keys[-1], conversations, strict=True):
+            texts.setdefault(key, (dump_conversation(conversation), number))
+    first = pa.array([number for _, number in texts.values()], pa.int64())
+    table = pa.table(
+        {
+            ROW_KEY: pa.array(list(texts), pa.string()),
+            CONVERSATION: pa.array([text for text, _ in texts.values()], pa.string()),
+            SOURCE: rows.table[SOURCE].take(first),
+            ROW_NUMBER: rows.table[ROW_NUMBER].take(first),
+        }
+    )
+    return Rows(table, {}), keys
+
+
+def scoring_settings(settings: RankingConfig) -> DeftConfig:
+    """The scoring keys of the block; plain `pro` and `rrhf` have their defaults."""
+    return settings if isinstance(settings, DeftConfig) else DeftConfig.model_validate({})
+
+
+def _open_if_needed(settings: RankingConfig) -> None:
+    if settings.reward_model is not None and needs_scores(settings):
+        open_reward_model(settings.reward_model, ScoreCache(cache_folder(scoring_settings(settings).score_cache)))
+
+
+def _scores_of_the_data(samples: Sequence[RankedSample], rows: Rows) -> list[list[float]]:
+    without = [index for index, sample in enumerate(samples) if sample.scores is None]
+    if without:
+        raise ValueError(
+            f"{rows.where(without[0])}: no scores in the row ({len(without)} such rows), and no `deft.reward_model` to "
+            "make them. Name a reward model, give a `scores` list (`field_scores:`), or set `train_on: all` and "
+            "`omega: 0`"
+        )
+    return [list(sample.scores or ()) for sample in samples]
+
+
+def _scores_of_the_model(
+    samples: Sequence[RankedSample], rows: Rows, settings: RankingConfig, run: RunContext
+) -> list[list[float]]:
+    assert settings.reward_model is not None
+    scoring = scoring_settings(settings)
+    cache = ScoreCache(cache_folder(scoring.score_cache))
+    source = open_reward_model(settings.reward_model, cache)
+    if run.rank == 0:
+        check_revisions([source], cache, update=run.purpose in ("preprocess", "score"))
+    responses, keys = response_rows(samples, rows)
+    (lookup,) = score_all([source], responses, cache, settings=scoring, run=run)
+    reward_of = dict(zip(responses.keys.to_pylist(), lookup.rewards.tolist(), strict=True))
+    scores = [[reward_of[key] for key in row] for row in keys]
+    for index, row in enumerate(scores):
+        if not np.isfinite(row).all():
+            raise ValueError(f"{rows.where(index)}: the {KIND} {source.label!r} gives the scores {row}; not finite")
+    return scores

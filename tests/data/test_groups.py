@@ -1,0 +1,200 @@
+"""Ranked rows laid out for the trainer, against loops over Python lists."""
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from poft_plugin.data import groups
+from poft_plugin.data.groups import group_lengths, in_order, lay_out, longest_sequences, ragged, responses
+from poft_plugin.data.preparation import Rows
+
+X = -100
+TokensAndLabels = tuple[list[int], list[int]]
+"""Token ids and labels."""
+
+
+@dataclass
+class Sample:
+    """The sequences of a row in the order of the data, and the positions from best to worst."""
+
+    sequences: list[TokensAndLabels]
+    order: list[int] = field(default_factory=list)
+
+    def sorted(self) -> list[TokensAndLabels]:
+        """From best to worst."""
+        return [self.sequences[position] for position in self.order]
+
+
+def samples(count: int, seed: int = 0, *, shuffled: bool) -> list[Sample]:
+    """Random rows: one to five sequences of one to nine tokens; some count, and the first may."""
+    rng = random.Random(seed)
+    found = []
+    for _ in range(count):
+        sequences = []
+        for _ in range(rng.randint(1, 5)):
+            ids = [rng.randint(0, 99) for _ in range(rng.randint(1, 9))]
+            sequences.append((ids, [rng.choice([X, token]) for token in ids]))
+        order = list(range(len(sequences)))
+        if shuffled:
+            rng.shuffle(order)
+        found.append(Sample(sequences, order))
+    return found
+
+
+def rows(found: list[Sample], *, attach: bool, chunks: int = 1) -> Rows:
+    """The samples as preparation holds them, maybe in several chunks."""
+
+    def table(part: list[Sample]) -> pa.Table:
+        ids = [[token for ids, _ in sample.sequences for token in ids] for sample in part]
+        labels = [[label for _, labels in sample.sequences for label in labels] for sample in part]
+        lengths = [[len(ids) for ids, _ in sample.sequences] for sample in part]
+        lists = pa.list_(pa.int32())
+        return pa.table(
+            {
+                "ranked_input_ids": pa.array(ids, lists),
+                "ranked_labels": pa.array(labels, lists),
+                "sequence_lengths": pa.array(lengths, lists),
+            }
+        )
+
+    size = max(1, -(-len(found) // chunks))
+    parts = [table(found[start : start + size]) for start in range(0, max(len(found), 1), size)]
+    return Rows(pa.concat_tables(parts), {"order": ragged([sample.order for sample in found])} if attach else {})
+
+
+def expected(found: list[Sample]) -> dict[str, list[Any]]:
+    """The columns, a token at a time."""
+    columns: dict[str, list[Any]] = {
+        name: [] for name in ("input_ids", "labels", "attention_mask", "position_ids", "sequence_lengths", "length")
+    }
+    for sample in found:
+        line: dict[str, list[int]] = {name: [] for name in columns}
+        for ids, labels in sample.sorted():
+            line["sequence_lengths"].append(len(ids))
+            for position, (token, label) in enumerate(zip(ids, labels, strict=True)):
+                line["input_ids"].append(token)
+                line["labels"].append(label)
+                line["attention_mask"].append(1)
+                line["position_ids"].append(position)
+        for name, values in line.items():
+            columns[name].append(len(line["input_ids"]) if name == "length" else values)
+    return columns
+
+
+CASES = pytest.mark.parametrize(
+    ("attach", "chunk_rows", "chunks"),
+    [(True, 8192, 1), (False, 8192, 1), (True, 7, 1), (False, 7, 3), (True, 40, 3), (True, 1, 2), (False, 39, 1)],
+)
+
+
+def test_a_row_by_hand() -> None:
+    sample = Sample([([5, 6, 7], [X, 6, 7]), ([5, 8], [X, 8])], [1, 0])
+    assert lay_out(rows([sample], attach=True)).to_pylist() == [
+        {
+            "input_ids": [5, 8, 5, 6, 7],
+            "labels": [X, 8, X, 6, 7],
+            "attention_mask": [1, 1, 1, 1, 1],
+            "position_ids": [0, 1, 0, 1, 2],
+            "sequence_lengths": [2, 3],
+            "length": 5,
+        }
+    ]
+
+
+@CASES
+def test_rows_are_laid_out_as_by_a_loop(
+    attach: bool, chunk_rows: int, chunks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(groups, "CHUNK_ROWS", chunk_rows)
+    found = samples(40, shuffled=attach)
+    assert lay_out(rows(found, attach=attach, chunks=chunks)).to_pydict() == expected(found)
+
+
+@CASES
+def test_responses_are_counted_tokens_as_by_a_loop(
+    attach: bool, chunk_rows: int, chunks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sequence's first token is predicted by nothing, so that it never counts."""
+    monkeypatch.setattr(groups, "CHUNK_ROWS", chunk_rows)
+    found = samples(40, seed=1, shuffled=attach)
+    assert any(labels[0] != X for sample in found for _, labels in sample.sequences)
+    ours = [[part.tolist() for part in row] for row in responses(rows(found, attach=attach, chunks=chunks))]
+    assert ours == [[[n for n in labels[1:] if n != X] for _, labels in sample.sorted()] for sample in found]
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_lengths_as_by_a_loop(chunks: int) -> None:
+    found = samples(40, seed=2, shuffled=True)
+    lengths = [[len(ids) for ids, _ in sample.sequences] for sample in found]
+    table = rows(found, attach=True, chunks=chunks)
+    assert longest_sequences(table).tolist() == [max(row) for row in lengths]
+    assert group_lengths(table).tolist() == [sum(row) for row in lengths]
+    part = Rows(table.table.slice(11, 17), {})
+    assert longest_sequences(part).tolist() == [max(row) for row in lengths[11:28]]
+    assert group_lengths(part).tolist() == [sum(row) for row in lengths[11:28]]
+
+
+def test_rows_that_were_filtered_are_laid_out_as_by_a_loop() -> None:
+    """Slices and selections share memory with the rows that are gone."""
+    found = samples(30, seed=3, shuffled=True)
+    whole, kept = rows(found, attach=True), [3, 4, 9, 10, 29]
+    for places in (list(range(5, 25)), kept):
+        table = whole.table.slice(5, 20) if len(places) == 20 else whole.table.take(places)
+        part = Rows(table, {"order": whole.attached["order"][places]})
+        assert lay_out(part).to_pydict() == expected([found[place] for place in places])
+
+
+@pytest.mark.parametrize("attach", [True, False])
+@pytest.mark.parametrize("chunks", [0, 1])
+def test_a_table_without_rows(attach: bool, chunks: int) -> None:
+    """With an empty chunk, or none."""
+    empty = rows([], attach=attach)
+    if not chunks:
+        empty = Rows(empty.table.schema.empty_table(), empty.attached)
+    assert lay_out(empty).to_pydict() == expected([])
+    assert lay_out(empty).schema == lay_out(rows(samples(1, shuffled=False), attach=attach)).schema
+    assert list(responses(empty)) == []
+    for lengths in (longest_sequences(empty), group_lengths(empty)):
+        assert (lengths.shape, lengths.dtype) == ((0,), np.int64)
+
+
+def test_columns_have_the_same_types_whatever_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = samples(5, shuffled=True)
+    whole = lay_out(rows(found, attach=True)).schema
+    types = {name: whole.field(name).type for name in whole.names}
+    assert types.pop("length") == pa.int64()
+    assert {name: kind.value_type for name, kind in types.items()} == {
+        "input_ids": pa.int32(),
+        "labels": pa.int64(),
+        "attention_mask": pa.int8(),
+        "position_ids": pa.int64(),
+        "sequence_lengths": pa.int64(),
+    }
+    monkeypatch.setattr(groups, "CHUNK_ROWS", 2)
+    assert lay_out(rows(found, attach=True, chunks=2)).schema == whole
+
+
+def test_columns_are_put_in_order_as_by_a_loop() -> None:
+    found = samples(20, seed=4, shuffled=True)
+    values = [[float(10 * number + position) for position in sample.order] for number, sample in enumerate(found)]
+    order = ragged([sample.order for sample in found])
+    ours = in_order(ragged(values), order)
+    assert ours == [[row[position] for position in sample.order] for row, sample in zip(values, found, strict=True)]
+    assert in_order(ragged(values), None) == values
+    assert in_order(ragged([]), None) == in_order(ragged([]), ragged([])) == []
+
+
+def test_a_column_with_other_rows_than_the_order_is_refused() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        in_order(ragged([[1.0], [2.0]]), ragged([[0]]))
+
+
+@pytest.mark.parametrize("values", [[[1.0, 2.0], [3.0]], [[1.0, 2.0], [3.0, 4.0]], [[1.0]], []])
+def test_ragged_makes_one_list_a_row_even_of_equal_lengths(values: list[list[float]]) -> None:
+    array = ragged(values)
+    assert (array.shape, array.dtype) == ((len(values),), object)
+    assert list(array) == values
