@@ -26,6 +26,11 @@ def register_methods(register: "Callable[[Method], None]") -> None:
 
 
 @hookspec
+def register_wrappers(register: "Callable[[Callable[[Method], Method | None]], None]") -> None:
+    """Register wrappers: `register(wrap)`, where `wrap(method)` makes a new rl type of a registered one, or None."""
+
+
+@hookspec
 def register_losses(register: "Callable[[str, LossFunction], None]") -> None:
     """Register loss types: `register("toy", loss)`, a pure function of per-sequence numbers that a method names."""
 

@@ -1,10 +1,10 @@
 """THE TABLE of methods. This module is itself a plugin: its hooks register what the project ships."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
-from poft_plugin.data.columns import REFERENCE_LOGP
+from poft_plugin.data.columns import RANKS, REFERENCE_LOGP, REFERENCE_SUM_LOGPS
 from poft_plugin.hookspecs import hookimpl
 
 if TYPE_CHECKING:
@@ -21,11 +21,20 @@ class Method:
         paper: where the method comes from.
         block: the config block that it reads.
         config: `module:Class` of the block's pydantic model.
-        step: `module:factory`; `factory(settings, loss)` gives the step object.
+        step: `module:factory`; `factory(setup)` with a `StepSetup` gives the step object.
         loss: name of a registered loss.
-        preprocessors: names of registered preprocessors, run in this order.
-        columns: per-sequence columns that a batch must carry.
+        ranked: whether a row is a prompt with ranked responses (a preference method) or one conversation.
+        max_responses: most responses that a ranked row may have; None for any number.
+        preprocessors: names of registered preprocessors for every row, run in this order.
+        training_preprocessors: names of those that see the training rows together, after the others' columns are on.
+        columns: columns that a batch must carry, one number per sequence (or one per row, for all of its sequences).
+        keys: `module:Class` of a pydantic model of top-level keys that the method reads, or None.
+        defaults: values of the block's keys where they are null.
+        unread: keys of the block that this method does not read: refused where they are set.
+        needs_start_policy: whether a preprocessor scores with the policy's start weights; dropout is then off.
+        alone: whether `rl: NAME` itself may be written; otherwise the method is there to be wrapped.
         check: `module:function` that refuses settings which cannot work, before any data is read; or None.
+        base: the method that this one wraps, or None.
     """
 
     name: str
@@ -34,24 +43,110 @@ class Method:
     config: str
     step: str
     loss: str
+    ranked: bool = False
+    max_responses: int | None = None
     preprocessors: tuple[str, ...] = ()
+    training_preprocessors: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
+    keys: str | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
+    needs_start_policy: bool = False
+    alone: bool = True
     check: str | None = None
+    base: "Method | None" = None
 
 
-METHODS = (
-    Method(
-        name="poft",
-        paper="Fan et al. 2025, arXiv:2412.12865",
-        block="poft",
-        config="poft_plugin.config:PoftConfig",
-        step="poft_plugin.trainers.poft:poft_step",
-        loss="poft",
-        preprocessors=("reference_rewards",),
-        columns=(REFERENCE_LOGP,),
-        check="poft_plugin.scoring.references:check_references",
-    ),
+POFT = Method(
+    name="poft",
+    paper="Fan et al. 2025, arXiv:2412.12865",
+    block="poft",
+    config="poft_plugin.config:PoftConfig",
+    step="poft_plugin.trainers.poft:poft_step",
+    loss="poft",
+    preprocessors=("reference_rewards",),
+    columns=(REFERENCE_LOGP,),
+    check="poft_plugin.scoring.references:check_references",
 )
+
+PRO = Method(
+    name="pro",
+    paper="Song et al. 2023, arXiv:2306.17492",
+    block="deft",
+    config="poft_plugin.config:RankingConfig",
+    step="poft_plugin.trainers.pro:pro_step",
+    loss="pro",
+    ranked=True,
+    preprocessors=("response_scores",),
+    columns=(RANKS,),
+    defaults={"sft_weight": 0.05},
+    check="poft_plugin.scoring.rewards:check_ranking",
+)
+
+RRHF = replace(
+    PRO,
+    name="rrhf",
+    paper="Yuan et al. 2023, arXiv:2304.05302",
+    step="poft_plugin.trainers.rrhf:rrhf_step",
+    loss="rrhf",
+    defaults={"sft_weight": 1.0},
+    unread=("pro_temperature",),
+)
+
+DPO = replace(
+    PRO,
+    name="dpo",
+    paper="Rafailov et al. 2023, arXiv:2305.18290",
+    step="poft_plugin.trainers.dpo:dpo_step",
+    loss="dpo",
+    max_responses=2,
+    preprocessors=("response_scores", "reference_sum_logps"),
+    columns=(RANKS, REFERENCE_SUM_LOGPS),
+    keys="poft_plugin.config:DpoKeys",
+    unread=("pro_temperature",),
+    needs_start_policy=True,
+    alone=False,  # the host has `rl: dpo`
+)
+
+SFT = replace(
+    PRO,
+    name="sft",
+    paper="the best response's token-summed SFT loss (DEFT, Eq. 9)",
+    step="poft_plugin.trainers.sft:sft_step",
+    loss="sft",
+    defaults={"sft_weight": 1.0},
+    unread=("pro_temperature",),
+    alone=False,  # without levels it is the host's own SFT
+)
+
+METHODS = (POFT, PRO, RRHF, DPO, SFT)
+
+OMEGA = {"dpo": 2.5e-6, "pro": 2.5e-5}
+"""DEFT's omega where the paper names one (Appendix A.1)."""
+
+
+def deft(method: Method) -> Method | None:
+    """`rl: deft_NAME` for every method of ranked responses (Eq. 18): a third party's too."""
+    if not method.ranked or method.base is not None:
+        return None
+    same_block = method.block == "deft"
+    inner_defaults = method.defaults if same_block else {}  # another block's defaults are filled in there
+    scores_first = ("response_scores", *(name for name in method.preprocessors if name != "response_scores"))
+    return replace(
+        method,
+        name=f"deft_{method.name}",
+        paper=f"DEFT (anonymous ACL submission) around {method.paper}",
+        block="deft",
+        config="poft_plugin.config:DeftConfig",
+        step="poft_plugin.trainers.deft:deft_step",
+        preprocessors=scores_first,
+        training_preprocessors=(*method.training_preprocessors, "grades"),
+        defaults={**inner_defaults, "omega": OMEGA.get(method.name)},
+        unread=method.unread if same_block else ("sft_weight", "pro_temperature"),
+        alone=True,
+        check="poft_plugin.scoring.rewards:check_deft",
+        base=method,
+    )
 
 
 @hookimpl
@@ -62,24 +157,41 @@ def register_methods(register: "Callable[[Method], None]") -> None:
 
 
 @hookimpl
+def register_wrappers(register: "Callable[[Callable[[Method], Method | None]], None]") -> None:
+    """Our wrapper around other methods."""
+    register(deft)
+
+
+@hookimpl
 def register_losses(register: "Callable[[str, LossFunction], None]") -> None:
     """Our losses."""
-    from poft_plugin.losses import poft_loss
+    from poft_plugin import losses
 
-    register("poft", poft_loss)
+    register("poft", losses.poft_loss)
+    register("pro", losses.pro_loss)
+    register("rrhf", losses.rrhf_loss)
+    register("dpo", losses.dpo_loss)
+    register("sft", losses.sft_loss)
 
 
 @hookimpl
 def register_preprocessors(register: "Callable[[str, Preprocessor], None]") -> None:
     """Our preprocessors."""
+    from poft_plugin.scoring.grades import grades
     from poft_plugin.scoring.references import reference_rewards
+    from poft_plugin.scoring.rewards import response_scores
+    from poft_plugin.scoring.start_policy import reference_sum_logps
 
     register("reference_rewards", reference_rewards)
+    register("response_scores", response_scores)
+    register("reference_sum_logps", reference_sum_logps)
+    register("grades", grades)
 
 
 @hookimpl
 def register_row_filters(register: "Callable[[str, RowFilter], None]") -> None:
     """Our row filters."""
-    from poft_plugin.data.filters import keep_top_percent
+    from poft_plugin.data.filters import keep_levels, keep_top_percent
 
     register("keep_top_percent", keep_top_percent)
+    register("keep_levels", keep_levels)

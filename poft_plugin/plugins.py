@@ -60,6 +60,11 @@ def registry() -> Registry:
     found, hook = Registry(), manager().hook
     add_method = _adder("rl type", found.methods)
     hook.register_methods(register=lambda method: add_method(method.name, method))
+    wrappers: list[Callable[[Method], Method | None]] = []
+    hook.register_wrappers(register=wrappers.append)
+    for wrapped in [wrap(method) for wrap in wrappers for method in found.methods.values()]:
+        if wrapped is not None:
+            add_method(wrapped.name, wrapped)
     hook.register_losses(register=_adder("loss", found.losses))
     hook.register_preprocessors(register=_adder("preprocessor", found.preprocessors))
     hook.register_row_filters(register=_adder("row filter", found.row_filters))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from poft_plugin.config import PoftConfig
 from poft_plugin.data.columns import REFERENCE_LOGP
 from poft_plugin.losses import poft_coefficient
-from poft_plugin.trainers.step import LossFunction, Metric, SequenceBatch, StepOutput
+from poft_plugin.trainers.step import LossFunction, Metric, SequenceBatch, StepOutput, StepSetup
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class PoftStep:
         )
 
 
-def poft_step(settings: PoftConfig, loss: LossFunction) -> PoftStep:
+def poft_step(setup: StepSetup) -> PoftStep:
     """The step of a run, from its `poft:` block."""
-    return PoftStep(loss, beta=settings.beta, gamma=settings.gamma)
+    assert isinstance(setup.settings, PoftConfig)
+    return PoftStep(setup.loss, beta=setup.settings.beta, gamma=setup.settings.gamma)

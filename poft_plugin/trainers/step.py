@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from pydantic import BaseModel
 from torch import Tensor
 
 LossFunction = Callable[..., Tensor]
@@ -18,16 +19,23 @@ class SequenceBatch:
     """Per-sequence numbers of a micro-batch: all that a loss may see.
 
     Args:
-        mean_logps: `(S,)`, nats per token, from the policy. Carries gradient.
+        sum_logps: `(S,)`, nats, from the policy, summed over the counted tokens. Carries gradient.
         num_tokens: `(S,)`, counted tokens under the policy's tokenizer.
-        group_ids: `(S,)`, the sample of each sequence.
-        columns: the method's per-sequence columns, `(S,)` float64.
+        group_ids: `(S,)`, the sample of each sequence; a sample's sequences come from best to worst.
+        columns: the method's columns, `(S,)` float64.
+        distribution_rewards: `(S,)`, DEFT's `R_dis` of each sequence, where it is asked for. Carries gradient.
     """
 
-    mean_logps: Tensor
+    sum_logps: Tensor
     num_tokens: Tensor
     group_ids: Tensor
     columns: Mapping[str, Tensor]
+    distribution_rewards: Tensor | None = None
+
+    @property
+    def mean_logps(self) -> Tensor:
+        """`(S,)`, nats per token. Carries gradient. A sequence without tokens has 0."""
+        return self.sum_logps / self.num_tokens.clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -64,3 +72,20 @@ class Step(Protocol):
     def __call__(self, batch: SequenceBatch) -> StepOutput:
         """Losses and metrics of one micro-batch."""
         ...
+
+
+@dataclass(frozen=True)
+class StepSetup:
+    """What a step is made from, once per run.
+
+    Args:
+        settings: the method's config block, its defaults filled in.
+        loss: the registered loss.
+        keys: the top-level keys that the method reads (`Method.keys`), or None.
+        base: for a wrapping method, the step of the method inside, or None.
+    """
+
+    settings: BaseModel
+    loss: LossFunction
+    keys: BaseModel | None = None
+    base: Step | None = None

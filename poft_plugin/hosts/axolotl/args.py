@@ -3,7 +3,7 @@
 Axolotl merges this class into its own by name, which is why it is called after us.
 """
 
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 from pydantic import BaseModel, Field, create_model
 
@@ -14,17 +14,32 @@ TAKEN_OVER = "poft_plugin_rl"
 """Top-level key that `register` writes: the `rl` type that it took off the config. A saved config still names it."""
 
 
+TAKEN_KEYS = "poft_plugin_keys"
+"""Top-level key that `register` writes: the top-level keys of the host that it took off with `rl`."""
+
+
 def _blocks() -> dict[str, Any]:
-    models = {method.block: load_object(method.config) for method in registry().methods.values()}
-    return {
-        block: (Optional[model], Field(None, description=(model.__doc__ or "").split("\n")[0]))  # noqa: UP045
-        for block, model in models.items()
-    }
+    """One field per block; where several methods share one, a value fits the narrowest of their models."""
+    models: dict[str, list[Any]] = {}
+    for method in registry().methods.values():
+        known = models.setdefault(method.block, [])
+        model = load_object(method.config)
+        if model not in known:
+            known.append(model)
+    fields: dict[str, Any] = {}
+    for block, known in models.items():
+        narrow_first = sorted(known, key=lambda model: len(model.model_fields))
+        description = (narrow_first[-1].__doc__ or "").split("\n")[0]
+        fields[block] = (Optional[Union[tuple(narrow_first)]], Field(None, description=description))  # noqa: UP007, UP045
+    return fields
 
 
 class _OwnKeys(BaseModel):
     poft_plugin_rl: str | None = Field(
         None, description="Written by poft_plugin: the rl type that it trains. Set `rl:` instead."
+    )
+    poft_plugin_keys: dict[str, Any] | None = Field(
+        None, description="Written by poft_plugin: the host's keys that it reads itself. Set them at the top level."
     )
     row_filters: list[RowFilterConfig] | None = Field(
         None, description="Registered filters for training rows, applied in order: `{name: ..., settings ...}`."

@@ -4,6 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from poft_plugin.methods import Method
+from poft_plugin.plugins import load_object
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -50,28 +53,58 @@ REFUSALS = (
     Refusal("context_parallel_size", _above_one, "a sequence must stay on one device; remove it"),
     Refusal("sequence_parallel_degree", _above_one, "a sequence must stay on one device; remove it"),
     Refusal("tensor_parallel_size", _above_one, "the output head must stay whole; remove it"),
-    Refusal("rl_beta", lambda value: value is not None, "not read by this method; set `beta` in its own block"),
+    Refusal("rl_beta", lambda value: value is not None, "not read by this method; remove it"),
     Refusal("trl", bool, "TRL's settings are not read by this method; remove the block"),
-    Refusal("dpo_loss_type", bool, "not read by this method; remove it"),
-    Refusal("dpo_loss_weights", bool, "not read by this method; remove it"),
-    Refusal("dpo_label_smoothing", bool, "not read by this method; remove it"),
-    Refusal("precompute_ref_log_probs", bool, "not read by this method; remove it"),
+    Refusal("precompute_ref_log_probs", lambda value: value is not None, "not read by this method; remove it"),
+    Refusal(
+        "max_prompt_len", lambda value: value is not None, "prompts are not cut; rows over `sequence_len` are left out"
+    ),
 )
 
+RANKED_REFUSALS = (
+    Refusal("roles_to_train", bool, "the response alone is trained on; remove it"),
+    Refusal("tokenizer_use_mistral_common", bool, "its templates give no response mask; use the model's chat template"),
+)
+"""What preference methods refuse besides."""
 
-def check_settings(cfg: Mapping[str, Any], rl: str) -> None:
+START_REFUSALS = (
+    Refusal("reinit_weights", bool, "random weights are no reference; remove it"),
+    Refusal(
+        "overrides_of_model_config", bool, "the start weights are scored as the checkpoint says; save such a model"
+    ),
+    Refusal(
+        "overrides_of_model_kwargs", bool, "the start weights are scored as the checkpoint says; save such a model"
+    ),
+    Refusal("base_model_config", bool, "the start weights are scored as the checkpoint says; remove it"),
+    Refusal("bnb_config_kwargs", bool, "the start weights are scored with the host's own quantization; remove it"),
+    Refusal("gptq", bool, "GPTQ weights cannot be scored; use `load_in_4bit: true`"),
+    Refusal("quantize_moe_experts", bool, "such weights cannot be scored; remove it"),
+)
+"""Settings under which the policy does not begin as its checkpoint: methods that score it refuse them."""
+
+PREFIXES = ("dpo_", "kto_", "simpo_", "cpo_")
+"""Keys of the host's own preference trainers."""
+
+
+def check_settings(cfg: Mapping[str, Any], method: Method) -> None:
     """Refuses host settings that cannot be honoured.
 
     Args:
         cfg: the raw config.
-        rl: the rl type, for messages.
+        method: the method; the top-level keys that it reads are not refused.
 
     Raises:
         ValueError: naming every such key, its value and the remedy.
     """
-    found = [r for r in REFUSALS if cfg.get(r.key) is not None and r.refused(cfg.get(r.key))]
-    if found:
-        lines = [f"{r.key}: {cfg.get(r.key)!r} cannot be honoured with `rl: {rl}`: {r.remedy}" for r in found]
+    rl = method.name
+    read = set() if method.keys is None else set(load_object(method.keys).model_fields)
+    refusals = [*REFUSALS, *(RANKED_REFUSALS if method.ranked else ())]
+    refusals += START_REFUSALS if method.needs_start_policy else ()
+    found = [r for r in refusals if r.key not in read and cfg.get(r.key) is not None and r.refused(cfg.get(r.key))]
+    lines = [f"{r.key}: {cfg.get(r.key)!r} cannot be honoured with `rl: {rl}`: {r.remedy}" for r in found]
+    others = [key for key in cfg if str(key).startswith(PREFIXES) and cfg.get(key) is not None and key not in read]
+    lines += [f"{key}: {cfg.get(key)!r} is not read by `rl: {rl}`; remove it" for key in others]
+    if lines:
         raise ValueError("\n".join(lines))
     if not cfg.get("datasets"):
         raise ValueError(f"datasets: missing; `rl: {rl}` needs rows to train on")

@@ -31,17 +31,17 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
-@click.group(short_help="PoFT: plan, score, export and import references' scores.")
+@click.group(short_help="PoFT and DEFT: plan, score, export and import scores of references and reward models.")
 def poft() -> None:
-    """Scores of aligned reference LLMs for `rl: poft`."""
+    """Scores of aligned reference LLMs (`rl: poft`), reward models and start policies (`rl: deft_...`)."""
 
 
 @poft.command()
 @CONFIG
-@click.option("--probe", type=click.IntRange(min=1), help="Time this many batches of each reference.")
+@click.option("--probe", type=click.IntRange(min=1), help="Time this many batches of each model.")
 @_command
 def plan(session: "Session", probe: int | None) -> None:
-    """Check every reference and print what scoring would cost. Loads no model (but for --probe)."""
+    """Check every model to score with and print what that would cost. Loads none (but for --probe)."""
     session.plan(probe)
 
 
@@ -80,10 +80,22 @@ def score(
 @CONFIG
 @click.option("--out", required=True, type=click.Path(dir_okay=False), help="Parquet file to write.")
 @click.option("--rows", is_flag=True, help="List every row's key and text, with a null reward where unscored.")
+@click.option("--levels", help="Rows of these levels alone, such as A or A+B (`rl: deft_...`).")
+@click.option(
+    "--format",
+    "file_format",
+    type=click.Choice(["parquet", "jsonl"]),
+    default="parquet",
+    show_default=True,
+    help="jsonl: the graded training rows themselves, ready to train on (`rl: deft_...`).",
+)
 @_command
-def export(session: "Session", out: str, rows: bool) -> None:
-    """Write the cached scores to a file: row_key, model, reward, num_tokens."""
-    session.export(out, rows)
+def export(session: "Session", out: str, rows: bool, levels: str | None, file_format: str) -> None:
+    """Write the cached scores to a file: row_key, model, reward, num_tokens (and response, level)."""
+    chosen = tuple(levels.split("+")) if levels else ()
+    if set(chosen) - {"A", "B", "C"}:
+        raise click.UsageError(f"--levels {levels}: letters A, B, C, joined by +")
+    session.export(out, list_rows=rows, levels=chosen, jsonl=file_format == "jsonl")
 
 
 @poft.command(name="import")

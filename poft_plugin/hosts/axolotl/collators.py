@@ -5,15 +5,16 @@ from typing import Any
 from axolotl.utils.collators import DataCollatorForSeq2Seq, V2BatchSamplerDataCollatorForSeq2Seq
 
 from poft_plugin.data.collate import MethodCollator
-from poft_plugin.data.columns import ROW_INDEX
+from poft_plugin.data.columns import ROW_INDEX, SCORES
+from poft_plugin.methods import Method
 
 
-def host_collator(cfg: Any, columns: tuple[str, ...], *, is_eval: bool) -> type[MethodCollator]:
+def host_collator(cfg: Any, method: Method, *, is_eval: bool) -> type[MethodCollator]:
     """A collator class that the host constructs with its tokenizer and padding settings.
 
     Args:
         cfg: the host's config.
-        columns: per-sequence columns of the method.
+        method: whose columns the batches carry; scores of responses too, where the rows have them.
         is_eval: for the evaluation set, which is never packed.
     """
     packed = bool(cfg.sample_packing) and not is_eval
@@ -23,6 +24,8 @@ def host_collator(cfg: Any, columns: tuple[str, ...], *, is_eval: bool) -> type[
         """`MethodCollator` over the collator that the host would have used."""
 
         def __init__(self, tokenizer: Any, **kwargs: Any) -> None:
-            super().__init__(tokens(tokenizer, **kwargs), (*columns, ROW_INDEX), tokenizer.padding_side)
+            super().__init__(
+                tokens(tokenizer, **kwargs), (*method.columns, ROW_INDEX), tokenizer.padding_side, (SCORES,)
+            )
 
     return HostCollator

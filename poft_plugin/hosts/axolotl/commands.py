@@ -2,28 +2,47 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 from axolotl.cli.config import load_cfg
 from axolotl.integrations.base import PluginManager
 from axolotl.utils.dict import DictDefault
 
-from poft_plugin.config import PoftConfig
+from poft_plugin.config import DeftConfig, PoftConfig, RankingConfig
 from poft_plugin.data.columns import CONVERSATION
 from poft_plugin.data.preparation import Rows, RunContext
-from poft_plugin.hosts.axolotl.datasets import load_host_rows
+from poft_plugin.hosts.axolotl.datasets import graded_rows, load_host_rows, run_context
 from poft_plugin.hosts.axolotl.plugin import PoftPlugin
 from poft_plugin.hosts.axolotl.run import MethodRun
 from poft_plugin.report.console import make_console
 from poft_plugin.report.tokens import coloured
 from poft_plugin.scoring.cache import ScoreCache, cache_folder
 from poft_plugin.scoring.exchange import export_scores, import_scores
+from poft_plugin.scoring.graded import export_graded, write_graded_rows
 from poft_plugin.scoring.plan import matmul_rate, plan_reference, print_plan, probe
-from poft_plugin.scoring.references import Reference, check_revisions, open_references, reference_rewards
+from poft_plugin.scoring.pretrained import PretrainedScorer
+from poft_plugin.scoring.references import open_references, reference_rewards
+from poft_plugin.scoring.rewards import needs_scores, open_reward_model, response_rows, scoring_settings
 from poft_plugin.scoring.run import Share, accelerator, prepare_missing, score_prepared
+from poft_plugin.scoring.sources import Source, check_revisions, score_all
+from poft_plugin.scoring.start_policy import KIND as START_POLICY
+from poft_plugin.scoring.start_policy import open_start_policy, token_rows
 
 console = make_console()
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one model is to score.
+
+    Args:
+        source: the model, or scores made elsewhere.
+        rows: unique rows, as that model gets them.
+    """
+
+    source: Source
+    rows: Rows
 
 
 @dataclass
@@ -31,15 +50,17 @@ class Session:
     """A config with its rows, for one command.
 
     Args:
+        config: the config file, for messages.
         cfg: the host's validated config.
-        settings: the block `poft:`.
-        cache: the score cache.
+        run: the method and its settings.
+        scoring: the scoring keys of its block.
         context: this process.
     """
 
+    config: str
     cfg: DictDefault
-    settings: PoftConfig
-    cache: ScoreCache
+    run: MethodRun
+    scoring: PoftConfig | DeftConfig
     context: RunContext
 
     @classmethod
@@ -47,14 +68,20 @@ class Session:
         """Loads a config as the host does; nothing of its launcher (DeepSpeed, FSDP) is set up, for nothing trains.
 
         Raises:
-            ValueError: if it is no `rl: poft` config.
+            ValueError: if it is not a config of ours, or its method scores nothing.
         """
         cfg = load_cfg(config, deepspeed=None, fsdp=None, fsdp_config=None)
         run = _method_run(config)
-        if not isinstance(run.settings, PoftConfig):
-            raise ValueError(f"{config}: `rl: {run.method.name}` has no references; `axolotl poft` is for `rl: poft`")
-        cache = ScoreCache(cache_folder(run.settings.score_cache))
-        return cls(cfg, run.settings, cache, RunContext.from_environment("score"))
+        settings = run.settings
+        if not isinstance(settings, (PoftConfig, RankingConfig)):
+            raise ValueError(f"{config}: `rl: {run.method.name}` has nothing to score that is known here")
+        scoring = settings if isinstance(settings, PoftConfig) else scoring_settings(settings)
+        return cls(config, cfg, run, scoring, run_context(cfg, "score"))
+
+    @property
+    def cache(self) -> ScoreCache:
+        """The score cache."""
+        return ScoreCache(cache_folder(self.scoring.score_cache))
 
     @cached_property
     def rows(self) -> Rows:
@@ -64,26 +91,45 @@ class Session:
         return Rows(pa.concat_tables(tables), {}).unique()
 
     @cached_property
-    def references(self) -> list[Reference]:
-        """The references, checked, not loaded."""
-        return open_references(self.settings, self.cache)
+    def jobs(self) -> list[Job]:
+        """What is scored for this config, checked, not loaded.
+
+        Raises:
+            ValueError: if nothing is.
+        """
+        settings = self.run.settings
+        if isinstance(settings, PoftConfig):
+            return [Job(source, self.rows) for source in open_references(settings, self.cache)]
+        jobs = []
+        assert isinstance(settings, RankingConfig)
+        if settings.reward_model is not None and needs_scores(settings):
+            responses, _ = response_rows([self.rows.sample(i) for i in range(len(self.rows))], self.rows)
+            jobs.append(Job(open_reward_model(settings.reward_model, self.cache), responses))
+        if self.run.method.needs_start_policy:
+            policy = self.context.policy
+            assert policy is not None
+            sequences, _ = token_rows(self.rows, policy.sequence_len)
+            jobs.append(Job(open_start_policy(policy, self.cache), sequences))
+        if not jobs:
+            raise ValueError(f"{self.config}: `rl: {self.run.method.name}` with these settings has nothing to score")
+        return jobs
 
     def plan(self, batches: int | None) -> None:
-        """Prints the plan; with `batches`, times that many of each reference."""
-        rows, references = self.rows, self.references
-        planned = [plan_reference(reference, rows, self.cache) for reference in references]
+        """Prints the plan; with `batches`, times that many of each model."""
+        planned = [plan_reference(job.source, job.rows, self.cache) for job in self.jobs]
+        scorers = [job.source.scorer for job in self.jobs]
         rates = [
-            matmul_rate(accelerator(self.context, r.scorer.devices), r.scorer.dtype)
-            if r.scorer is not None and plan.to_score
+            matmul_rate(accelerator(self.context, scorer.devices), scorer.dtype)
+            if scorer is not None and plan.to_score
             else 1.0
-            for r, (plan, _) in zip(references, planned, strict=True)
+            for scorer, (plan, _) in zip(scorers, planned, strict=True)
         ]
         print_plan([plan for plan, _ in planned], rates, self.cache, console)
-        for reference, (plan, prepared) in zip(references, planned, strict=True):
-            if batches is None or reference.scorer is None or not prepared:
+        for scorer, (plan, prepared) in zip(scorers, planned, strict=True):
+            if batches is None or scorer is None or not prepared:
                 continue
-            tokens = self.settings.batch_tokens
-            measured = probe(reference.scorer, prepared, count=batches, batch_tokens=tokens, run=self.context)
+            tokens = self.scoring.batch_tokens
+            measured = probe(scorer, prepared, count=batches, batch_tokens=tokens, run=self.context)
             hours = plan.tokens / measured.tokens_per_second / 3600
             console.print(
                 f"{plan.name}: measured {measured.rows_per_second:.1f} rows/s, "
@@ -94,61 +140,92 @@ class Session:
         """Scores what is missing: this process's share, or the share that was asked for."""
         if self.context.rank == 0:
             self.plan(None)
-        rows = self.rows
-        if num_shards is None:
-            reference_rewards(rows, self.settings, self.context)
-            return
-        references = self.references
-        check_revisions(references, self.cache, update=True)
-        for reference in references:
-            if reference.scorer is None:
+        if num_shards is not None:
+            self._score_shard(Share(shard, num_shards))
+        elif isinstance(self.run.settings, PoftConfig):
+            reference_rewards(self.rows, self.run.settings, self.context)
+        else:
+            check_revisions([job.source for job in self.jobs], self.cache, update=True)
+            for job in self.jobs:
+                score_all([job.source], job.rows, self.cache, settings=self.scoring, run=self.context)
+
+    def _score_shard(self, share: Share) -> None:
+        check_revisions([job.source for job in self.jobs], self.cache, update=True)
+        for job in self.jobs:
+            scorer = job.source.scorer
+            if scorer is None:
                 continue
-            unscored = Rows(rows.table.filter(reference.lookup(rows, self.cache).missing), {})
-            prepared = prepare_missing(reference.scorer, unscored, self.cache, Share(shard, num_shards))
-            device, tokens = accelerator(self.context, reference.scorer.devices), self.settings.batch_tokens
-            score_prepared(reference.scorer, prepared, unscored, self.cache, device=device, batch_tokens=tokens)
-            console.print(f"{reference.settings.label}: shard {shard} of {num_shards}: {len(prepared)} rows scored")
+            unscored = Rows(job.rows.table.filter(job.source.lookup(job.rows, self.cache).missing), {})
+            prepared = prepare_missing(scorer, unscored, self.cache, share)
+            device, tokens = accelerator(self.context, scorer.devices), self.scoring.batch_tokens
+            score_prepared(scorer, prepared, unscored, self.cache, device=device, batch_tokens=tokens)
+            console.print(f"{job.source.label}: shard {share.index} of {share.count}: {len(prepared)} rows scored")
 
     def show(self, count: int) -> None:
-        """Prints the first rows as each reference sees them, counted tokens in colour."""
-        rows = self.rows
-        for reference in self.references:
-            if reference.scorer is None:
-                console.print(f"{reference.settings.label}: imported scores, no model to show")
+        """Prints the first rows as each model sees them, counted tokens in colour."""
+        for job in self.jobs:
+            scorer, rows = job.source.scorer, job.rows
+            if not isinstance(scorer, PretrainedScorer):
+                console.print(f"{job.source.label}: imported scores, no model to show")
                 continue
+            if job.source.kind == START_POLICY:
+                continue  # it is shown the policy's own tokens: `axolotl preprocess --debug` prints them
             for index in range(min(count, len(rows))):
                 where = rows.where(index)
-                rendered = reference.scorer.render(rows.conversation(index), where)
+                rendered = scorer.render(rows.conversation(index), where)
                 counts = f"{rendered.num_counted} of {len(rendered.input_ids)} tokens counted"
-                console.rule(f"{reference.settings.label}: {where}: {counts}")
+                console.rule(f"{job.source.label}: {where}: {counts}")
                 console.print(coloured(rendered))
 
-    def export(self, out: str, list_rows: bool) -> None:
-        """Writes the cached scores."""
-        rows, references = self.rows, self.references
-        lookups = {r.settings.source: r.lookup(rows, self.cache) for r in references}
-        identities = {r.settings.source: _identity(r) for r in references}
-        texts = rows.table[CONVERSATION] if list_rows else None
-        lines = export_scores(out, rows.keys, lookups, identities, texts)
-        missing = {source: int(np.isnan(lookup.rewards).sum()) for source, lookup in lookups.items()}
+    def export(self, out: str, *, list_rows: bool, levels: tuple[str, ...], jsonl: bool) -> None:
+        """Writes the cached scores, or the graded rows themselves."""
+        if isinstance(self.run.settings, PoftConfig):
+            if levels or jsonl:
+                raise ValueError("--levels and --format jsonl go with an `rl: deft_...`, which grades rows")
+            self._export_references(out, list_rows)
+            return
+        if not (isinstance(self.run.settings, DeftConfig) and self.run.settings.grades):
+            raise ValueError(f"{self.config}: `rl: {self.run.method.name}` with these settings grades nothing")
+        graded = graded_rows(self.cfg, self.run, self.context)
+        if jsonl:
+            count = write_graded_rows(Path(out), graded[0], levels)
+        else:
+            count = export_graded(Path(out), graded, levels, self._reward_model(), texts=list_rows)
+        console.print(f"{out}: {count} lines")
+
+    def _export_references(self, out: str, list_rows: bool) -> None:
+        lookups = {job.source.settings.source: job.source.lookup(self.rows, self.cache) for job in self.jobs}
+        identities = {job.source.settings.source: job.source.identity for job in self.jobs}
+        texts = self.rows.table[CONVERSATION] if list_rows else None
+        lines = export_scores(out, self.rows.keys, lookups, identities, texts)
+        missing = {source: int(lookup.missing_or_long.sum()) for source, lookup in lookups.items()}
         unscored = ", ".join(f"{source}: {count}" for source, count in missing.items() if count)
         console.print(f"{out}: {lines} lines" + (f"; rows without a score: {unscored}" if unscored else ""))
 
     def import_scores(self, path: str) -> None:
         """Takes a score file into the cache."""
-        sources = [reference.source for reference in self.settings.references if reference.scores is None]
-        for model, count in import_scores(path, sources, self.rows.keys, self.cache).items():
+        settings = self.run.settings
+        if isinstance(settings, PoftConfig):
+            sources = [reference.source for reference in settings.references if reference.scores is None]
+            taken = import_scores(path, sources, self.rows.keys, self.cache)
+        elif settings.reward_model is None:
+            raise ValueError(f"{self.config}: no `deft.reward_model` whose scores could be imported")
+        else:
+            responses, _ = response_rows([self.rows.sample(i) for i in range(len(self.rows))], self.rows)
+            source = settings.reward_model.source
+            taken = import_scores(path, [source], responses.keys, self.cache, log_probabilities=False)
+        for model, count in taken.items():
             console.print(f"{model}: {count} scores imported into {self.cache.folder}")
+
+    def _reward_model(self) -> Source | None:
+        settings = self.run.settings.reward_model
+        return None if settings is None else open_reward_model(settings, self.cache)
 
 
 def _method_run(config: str) -> MethodRun:
     for plugin in PluginManager.get_instance().plugins.values():
         if isinstance(plugin, PoftPlugin) and plugin.method_run is not None:
             return plugin.method_run
-    raise ValueError(f"{config}: not a config of ours: it needs `plugins: [poft_plugin.PoftPlugin]` and `rl: poft`")
-
-
-def _identity(reference: Reference):  # type: ignore[no-untyped-def]
-    if reference.scorer is not None:
-        return reference.scorer.identity
-    return reference.imported.identity if reference.imported else None
+    raise ValueError(
+        f"{config}: not a config of ours: it needs `plugins: [poft_plugin.PoftPlugin]` and an `rl:` of ours"
+    )

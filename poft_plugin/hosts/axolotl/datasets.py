@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -14,9 +15,18 @@ from axolotl.utils.trainer import calculate_total_num_steps
 from datasets import Dataset, concatenate_datasets
 
 from poft_plugin.data.columns import CONVERSATION, GROUP, ROW_INDEX, ROW_KEY, ROW_NUMBER, SOURCE
-from poft_plugin.data.preparation import Columns, Prepared, Rows, RunContext
+from poft_plugin.data.preparation import Columns, Prepared, Purpose, Rows, RunContext
 from poft_plugin.hosts.axolotl.checks import check_packing
 from poft_plugin.hosts.axolotl.entries import SUPPORTED_TYPES
+from poft_plugin.hosts.axolotl.policy import policy_of
+from poft_plugin.hosts.axolotl.ranked_datasets import (
+    RANKED_COLUMNS,
+    check_one_step,
+    check_pack,
+    laid_out,
+    not_in_evaluation,
+    short_enough,
+)
 from poft_plugin.hosts.axolotl.run import MethodRun
 from poft_plugin.plugins import load_object, registry
 
@@ -45,7 +55,7 @@ class HostRows:
         Raises:
             ValueError: if they are not there: the host leaves rows alone that are tokens already.
         """
-        names = [name for name in (ROW_KEY, *TEXT_COLUMNS) if name in dataset.column_names]
+        names = [name for name in (ROW_KEY, *TEXT_COLUMNS, *RANKED_COLUMNS) if name in dataset.column_names]
         if ROW_KEY not in names:
             raise ValueError(
                 "datasets: rows that are already tokenized (they have input_ids and labels) hold no text that "
@@ -61,16 +71,18 @@ def load_host_rows(cfg: DictDefault) -> tuple[HostRows, HostRows | None, int | N
     return HostRows.of(meta.train_dataset), evaluation, meta.total_num_steps
 
 
-def prepare(cfg: DictDefault, run: MethodRun, context: RunContext) -> tuple[TrainDatasetMeta, Mapping[str, float]]:
-    """Loads, scores, joins and filters.
+def prepare(
+    cfg: DictDefault, run: MethodRun, purpose: Purpose
+) -> tuple[TrainDatasetMeta, Mapping[str, float], Mapping[str, np.ndarray]]:
+    """Loads, scores, joins, grades and filters.
 
     Args:
         cfg: the host's config; its token counts are reset, so that steps are counted on the rows that stay.
         run: the method.
-        context: this process.
+        purpose: what this process does.
 
     Returns:
-        What the host trains on, and numbers for its trackers.
+        What the host trains on, numbers for its trackers, and tensors for the trainer.
 
     Raises:
         ValueError: for anything that cannot be scored or trained on.
@@ -78,30 +90,73 @@ def prepare(cfg: DictDefault, run: MethodRun, context: RunContext) -> tuple[Trai
     check_packing(cfg)
     if run.method.check is not None:
         load_object(run.method.check)(run.settings)
+    if run.method.needs_start_policy and cfg.lora_model_dir:
+        raise ValueError(
+            f"lora_model_dir: {cfg.lora_model_dir!r}: `rl: {run.method.name}` would begin with base model and adapter, "
+            "whose log-probabilities are not scored here. Merge it first (`axolotl merge-lora`)"
+        )
+    context = run_context(cfg, purpose)
+    graded, others, whole = _graded(cfg, run, context)
+    kept = _filtered(run, graded)
+    finished = [_finished(part, run, cfg) for part in (kept, *others)]
+    if run.method.ranked:
+        check_one_step(len(finished[0]), cfg, context)
+    steps = None if purpose == "preprocess" else _count_steps(cfg, finished[0])
+    meta = TrainDatasetMeta(finished[0], finished[1] if others else None, steps)
+    return meta, whole.statistics, whole.tensors
+
+
+def graded_rows(cfg: DictDefault, run: MethodRun, context: RunContext) -> list[Rows]:
+    """All training rows with scores and levels, before any is left out, and the evaluation rows' scores."""
+    graded, others, _ = _graded(cfg, run, context)
+    return [graded.rows, *(part.rows for part in others)]
+
+
+def _graded(cfg: DictDefault, run: MethodRun, context: RunContext) -> tuple[HostRows, list[HostRows], Prepared]:
+    """Training rows and the other sets' rows with all columns on, and what the preprocessors made besides."""
     train, evaluation, _ = load_host_rows(cfg)
+    if run.method.ranked and evaluation is not None:
+        train = _selected(train, not_in_evaluation(train.rows, evaluation.rows), "that are evaluation rows")
     parts = [train] if evaluation is None else [train, evaluation]
     unique = Rows(pa.concat_tables([part.rows.table for part in parts]), {}).unique()
     prepared = _run_preprocessors(run, unique, context)
     joined = [_attach(part, unique, prepared) for part in parts]
-    kept = _filtered(run, joined[0])
-    finished = [_finished(part, prepared) for part in (kept, *joined[1:])]
-    steps = None if context.purpose == "preprocess" else _count_steps(cfg, finished[0])
-    return TrainDatasetMeta(finished[0], finished[1] if evaluation else None, steps), prepared.statistics
+    graded, whole = _run_training_preprocessors(run, joined[0], context)
+    return graded, joined[1:], _merged([prepared, whole])
 
 
-def attach_columns(dataset: Dataset, run: MethodRun, context: RunContext) -> Dataset:
+def attach_columns(dataset: Dataset, run: MethodRun, cfg: DictDefault) -> Dataset:
     """Attaches the method's columns to a prepared data set that came without them (`axolotl evaluate`)."""
     part = HostRows.of(dataset)
     unique = part.rows.unique()
-    prepared = _run_preprocessors(run, unique, context)
-    return _finished(_attach(part, unique, prepared), prepared)
+    prepared = _run_preprocessors(run, unique, run_context(cfg, "evaluate"))
+    return _finished(_attach(part, unique, prepared), run, cfg)
+
+
+def run_context(cfg: DictDefault, purpose: Purpose) -> RunContext:
+    """This process, as preprocessors see it."""
+    output_dir = Path(cfg.output_dir) if cfg.output_dir else None
+    return RunContext.from_environment(purpose, policy=policy_of(cfg), output_dir=output_dir)
 
 
 def _run_preprocessors(run: MethodRun, unique: Rows, context: RunContext) -> Prepared:
-    results = [registry().preprocessors[name](unique, run.settings, context) for name in run.method.preprocessors]
+    names = run.method.preprocessors
+    return _merged([registry().preprocessors[name](unique, run.settings, context) for name in names])
+
+
+def _run_training_preprocessors(run: MethodRun, train: HostRows, context: RunContext) -> tuple[HostRows, Prepared]:
+    """Those that see the training rows as they are: their columns need no join."""
+    names = run.method.training_preprocessors
+    prepared = _merged([registry().preprocessors[name](train.rows, run.settings, context) for name in names])
+    attached = {**train.rows.attached, **prepared.columns}
+    return HostRows(train.dataset, Rows(train.rows.table, attached)), prepared
+
+
+def _merged(results: Sequence[Prepared]) -> Prepared:
     columns = {name: values for result in results for name, values in result.columns.items()}
     statistics = {name: value for result in results for name, value in result.statistics.items()}
-    return Prepared(columns, frozenset().union(*(result.dropped for result in results)), statistics)
+    tensors = {name: value for result in results for name, value in result.tensors.items()}
+    return Prepared(columns, frozenset().union(*(result.dropped for result in results)), statistics, tensors)
 
 
 def _attach(part: HostRows, unique: Rows, prepared: Prepared) -> HostRows:
@@ -123,16 +178,21 @@ def _filtered(run: MethodRun, part: HostRows) -> HostRows:
 
 
 def _selected(part: HostRows, keep: np.ndarray, why: str) -> HostRows:
-    LOG.info(f"{len(keep) - int(keep.sum()):,} of {len(keep):,} rows left out {why}")
+    if not keep.all():
+        LOG.info(f"{len(keep) - int(keep.sum()):,} of {len(keep):,} rows left out {why}")
     if not keep.any():
         raise ValueError(f"no rows left to train on: all {len(keep)} were left out {why}")
     attached = {name: values[keep] for name, values in part.rows.attached.items()}
     return HostRows(part.dataset.select(np.flatnonzero(keep)), Rows(part.rows.table.filter(pa.array(keep)), attached))
 
 
-def _finished(part: HostRows, prepared: Prepared) -> Dataset:
+def _finished(part: HostRows, run: MethodRun, cfg: DictDefault) -> Dataset:
     """The data set that the trainer gets: text columns off, the method's columns and a row index on."""
-    columns: dict[str, Sequence[float] | np.ndarray] = {name: part.rows.attached[name] for name in prepared.columns}
+    if run.method.ranked:
+        part = _selected(part, short_enough(part.rows, cfg), f"with a sequence over sequence_len {cfg.sequence_len}")
+        check_pack(part.rows, cfg)
+        return laid_out(part.rows, list(part.rows.attached))
+    columns: dict[str, Sequence[float] | np.ndarray] = dict(part.rows.attached)
     columns[ROW_INDEX] = np.arange(len(part.rows))
     texts = [name for name in TEXT_COLUMNS if name in part.dataset.column_names]
     return concatenate_datasets([part.dataset.remove_columns(texts), Dataset.from_dict(columns)], axis=1)

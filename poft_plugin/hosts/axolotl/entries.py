@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from poft_plugin.config import parse_block
+from poft_plugin.hosts.axolotl.ranked_rows import RANKED_TYPES, RankedFields
+from poft_plugin.methods import Method
+
 STRATEGY = "poft_plugin.hosts.axolotl.strategy"
 SALT_FIELD = "input_format"
 CONTRACT = 1
@@ -21,7 +25,28 @@ FAMILIES += ("jeopardy", "explainchoice", "concisechoice", "summarizetldr", "inp
 
 SUPPORTED_TYPES = f"{', '.join(FAMILIES)} (with `.load_...` and `:style` as in Axolotl), or a mapping of field names"
 
+SUPPORTED_RANKED_TYPES = ", ".join(RANKED_TYPES)
+
+RANKED_HOST_KEYS = (
+    "path", "type", "name", "split", "ds_type", "data_files", "revision", "shards", "shards_idx",
+    "preprocess_shards", "trust_remote_code", "chat_template", "chat_template_jinja", "train_on_eos",
+)  # fmt: skip
+"""Keys of an entry that keep the host's meaning for preference rows."""
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja")
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """What an entry of preference rows has besides.
+
+    Args:
+        fields: its keys that say where prompt, responses and scores are.
+        max_responses: most responses of a row that the method takes, or None.
+    """
+
+    fields: RankedFields
+    max_responses: int | None
 
 
 @dataclass(frozen=True)
@@ -32,43 +57,60 @@ class Entry:
         raw: the entry's keys.
         label: what rows of it are called: the path's last part, numbered where two entries share it.
         group_column: raw column whose value rows carry as their group, or None.
+        ranked: for preference methods.
     """
 
     raw: Mapping[str, Any]
     label: str
     group_column: str | None
+    ranked: Ranked | None = None
 
 
 ENTRIES: dict[str, Entry] = {}
 """Entries of this process by digest: how the strategy finds what `register` took over."""
 
 
-def take_over_entries(cfg: Any, rl: str, group_column: str | None) -> None:
+def take_over_entries(cfg: Any, method: Method, group_column: str | None) -> None:
     """Rewrites `datasets:` and `test_datasets:` of a raw config in place.
 
     Args:
         cfg: the raw config.
-        rl: the rl type.
+        method: the method that is trained.
         group_column: as in `Entry`.
 
     Raises:
-        ValueError: for an entry without path or type, or a type that a response cannot be taken from.
+        ValueError: for an entry without path or type, a type that the method cannot use, or (preference rows) a key
+            that nothing reads.
     """
     used: dict[str, int] = {}
     for section in ("datasets", "test_datasets"):
         for number, raw in enumerate(cfg.get(section) or []):
-            entry = Entry(dict(raw), _label(raw, f"{section}[{number}]", used), group_column)
-            digest = _digest(entry, rl, cfg)
+            where = f"{section}[{number}]"
+            label = _label(raw, where, used, method)
+            ranked = Ranked(_ranked_fields(raw, where), method.max_responses) if method.ranked else None
+            entry = Entry(dict(raw), label, group_column, ranked)
+            digest = _digest(entry, method.name, cfg)
             ENTRIES[digest] = entry
-            cfg[section][number] = {**dict(raw), "type": STRATEGY, SALT_FIELD: digest}
+            kept = {key: raw[key] for key in RANKED_HOST_KEYS if key in raw} if method.ranked else dict(raw)
+            cfg[section][number] = {**kept, "type": STRATEGY, SALT_FIELD: digest}
 
 
-def _label(raw: Mapping[str, Any], where: str, used: dict[str, int]) -> str:
+def _ranked_fields(raw: Mapping[str, Any], where: str) -> RankedFields:
+    own = {key: value for key, value in raw.items() if key not in RANKED_HOST_KEYS and value is not None}
+    return parse_block(RankedFields, own, where)
+
+
+def _label(raw: Mapping[str, Any], where: str, used: dict[str, int], method: Method) -> str:
     for key in ("path", "type"):
         if not raw.get(key):
             raise ValueError(f"{where}: no `{key}:`")
     kind = raw["type"]
-    if isinstance(kind, str) and kind.partition(":")[0].partition(".")[0] not in FAMILIES:
+    if method.ranked and kind not in RANKED_TYPES:
+        raise ValueError(
+            f"{where} ({raw['path']}): type {kind!r} is not supported by `rl: {method.name}`, which takes preference "
+            f"rows. What works: {SUPPORTED_RANKED_TYPES}"
+        )
+    if not method.ranked and isinstance(kind, str) and kind.partition(":")[0].partition(".")[0] not in FAMILIES:
         raise ValueError(f"{where} ({raw['path']}): type {kind!r} is not supported. What works: {SUPPORTED_TYPES}")
     path = str(raw["path"])
     name = Path(path).name if Path(path).exists() else path

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import axolotl
+import numpy as np
 from axolotl.integrations.base import BasePlugin
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
@@ -14,7 +15,6 @@ from axolotl.utils.logging import get_logger
 # the host finds the strategy by name, and takes a ModuleNotFoundError in it for an unknown dataset type
 import poft_plugin.hosts.axolotl.strategy  # noqa: F401
 from poft_plugin import __version__
-from poft_plugin.data.preparation import RunContext
 from poft_plugin.hosts.axolotl.compat import TESTED_VERSIONS, prepare_cpu_ranks
 from poft_plugin.hosts.axolotl.run import MethodRun, take_over
 
@@ -35,14 +35,16 @@ class PoftPlugin(BasePlugin):  # type: ignore[misc]
         super().__init__()
         self.method_run: MethodRun | None = None
         self._statistics: Mapping[str, float] = {}
+        self._tensors: Mapping[str, np.ndarray] = {}
 
     def register(self, cfg: DictDefault) -> None:
         """Validates our blocks, takes `rl` off the raw config, rewrites its dataset entries."""
         self.method_run = take_over(cfg)
-        self._statistics = {}
+        self._statistics, self._tensors = {}, {}
         if self.method_run is not None:
             method = self.method_run.method
-            LOG.info(f"rl: {method.name} ({method.paper}); {method.block}: {self.method_run.settings!r}")
+            keys = "" if self.method_run.keys is None else f"; {self.method_run.keys!r}"
+            LOG.info(f"rl: {method.name} ({method.paper}); {method.block}: {self.method_run.settings!r}{keys}")
 
     def get_input_args(self) -> str:
         """Our keys in the host's schema."""
@@ -55,8 +57,8 @@ class PoftPlugin(BasePlugin):  # type: ignore[misc]
         from poft_plugin.hosts.axolotl.datasets import prepare
 
         prepare_cpu_ranks(cfg)
-        context = RunContext.from_environment("preprocess" if preprocess else "train")
-        meta, self._statistics = prepare(cfg, self.method_run, context)
+        purpose = "preprocess" if preprocess else "train"
+        meta, self._statistics, self._tensors = prepare(cfg, self.method_run, purpose)
         return meta
 
     def get_training_args(self, cfg: DictDefault) -> dict[str, Any] | None:
@@ -78,7 +80,7 @@ class PoftPlugin(BasePlugin):  # type: ignore[misc]
             return None
         from poft_plugin.hosts.axolotl.collators import host_collator
 
-        return host_collator(cfg, self.method_run.method.columns, is_eval=is_eval), {}
+        return host_collator(cfg, self.method_run.method, is_eval=is_eval), {}
 
     def get_trainer_cls(self, cfg: DictDefault) -> Any:
         """The trainer class of this run."""
@@ -86,7 +88,7 @@ class PoftPlugin(BasePlugin):  # type: ignore[misc]
             return None
         from poft_plugin.hosts.axolotl.trainer import trainer_class
 
-        return trainer_class(self.method_run)
+        return trainer_class(self.method_run, cfg, self._tensors)
 
     def add_callbacks_post_trainer(self, cfg: DictDefault, trainer: Any) -> list[Any]:
         """Logs the references' statistics once, to every tracker that the host runs."""

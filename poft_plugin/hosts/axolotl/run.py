@@ -6,13 +6,13 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from poft_plugin.config import RowFilterConfig, parse_block, settings_model
-from poft_plugin.hosts.axolotl.args import TAKEN_OVER
+from poft_plugin.config import DeftConfig, RowFilterConfig, parse_block, settings_model
+from poft_plugin.hosts.axolotl.args import TAKEN_KEYS, TAKEN_OVER
 from poft_plugin.hosts.axolotl.checks import check_settings
 from poft_plugin.hosts.axolotl.entries import take_over_entries
 from poft_plugin.methods import Method
 from poft_plugin.plugins import load_object, registry
-from poft_plugin.trainers.step import Step
+from poft_plugin.trainers.step import Step, StepSetup
 
 
 @dataclass(frozen=True)
@@ -21,25 +21,34 @@ class MethodRun:
 
     Args:
         method: its row in the table.
-        settings: its config block.
+        settings: its config block, the method's defaults filled in.
         filters: the row filters to apply, in order, by name with their settings.
+        keys: the top-level keys that the method reads, or None.
+        base_settings: for a wrapping method, the block of the method inside, where that is another block.
     """
 
     method: Method
     settings: BaseModel
     filters: tuple[tuple[str, dict[str, Any]], ...]
+    keys: BaseModel | None = None
+    base_settings: BaseModel | None = None
 
     def step(self) -> Step:
         """The method's step object."""
-        factory: Callable[..., Step] = load_object(self.method.step)
-        return factory(self.settings, registry().losses[self.method.loss])
+        base = self.method.base
+        loss = registry().losses[self.method.loss]
+        inner = None
+        if base is not None:
+            inner = _make_step(base, StepSetup(self.base_settings or self.settings, loss, self.keys, None))
+        return _make_step(self.method, StepSetup(self.settings, loss, self.keys, inner))
 
 
 def take_over(cfg: Any) -> MethodRun | None:
     """Takes a method of ours off a raw config, so that the host builds plain SFT around our data and trainer.
 
     Args:
-        cfg: the raw config, changed in place: `rl` off, entries rewritten, evaluation unpacked unless it is asked.
+        cfg: the raw config, changed in place: `rl` and the method's top-level keys off, entries rewritten, evaluation
+            unpacked unless it is asked.
 
     Returns:
         The run, or None where `rl:` is not ours.
@@ -47,32 +56,73 @@ def take_over(cfg: Any) -> MethodRun | None:
     Raises:
         ValueError: for any setting that is wrong or cannot be honoured, naming key, value and remedy.
     """
-    methods = registry().methods
     rl = cfg.get("rl") or cfg.get(TAKEN_OVER)
-    method = methods.get(str(rl)) if rl else None
+    method = registry().methods.get(str(rl)) if rl else None
+    if method is not None and not method.alone:
+        method = None  # the host's own, or nothing that can be trained without a wrapper
     _check_blocks(cfg, method, rl)
     if method is None:
         return None
-    check_settings(cfg, method.name)
-    settings = parse_block(load_object(method.config), cfg.get(method.block), method.block)
+    cfg.update({**(cfg.get(TAKEN_KEYS) or {}), TAKEN_KEYS: None})  # a saved config keeps them there
+    check_settings(cfg, method)
+    settings = _settings(cfg, method)
+    keys = _take_keys(cfg, method)
+    base, base_settings = method.base, None
+    if base is not None and base.block != method.block:
+        base_settings = _settings(cfg, base)
     filters = _filters(cfg, settings)
     cfg.pop("rl", None)
     cfg[TAKEN_OVER] = method.name
     if cfg.get("sample_packing") and cfg.get("eval_sample_packing") is None:
         cfg["eval_sample_packing"] = False
-    take_over_entries(cfg, method.name, _group_column(filters))
-    return MethodRun(method, settings, filters)
+    take_over_entries(cfg, method, _group_column(filters, settings))
+    return MethodRun(method, settings, filters, keys, base_settings)
+
+
+def _make_step(method: Method, setup: StepSetup) -> Step:
+    factory: Callable[[StepSetup], Step] = load_object(method.step)
+    return factory(setup)
+
+
+def _settings(cfg: Mapping[str, Any], method: Method) -> BaseModel:
+    """The method's block with its own defaults where a key is null; a block without required keys may be left out."""
+    model = load_object(method.config)
+    raw = cfg.get(method.block)
+    if raw is None and any(field.is_required() for field in model.model_fields.values()):
+        raise ValueError(f"{method.block}: missing; `rl: {method.name}` reads its settings from this block")
+    settings: BaseModel = parse_block(model, {} if raw is None else raw, method.block)
+    for key in method.unread:
+        if getattr(settings, key) is not None:
+            raise ValueError(
+                f"{method.block}.{key}: {getattr(settings, key)!r} is not read by `rl: {method.name}`; remove it"
+            )
+    filled = {key: value for key, value in method.defaults.items() if getattr(settings, key) is None}
+    return settings.model_copy(update=filled)
+
+
+def _take_keys(cfg: Any, method: Method) -> BaseModel | None:
+    """Takes the method's top-level keys off the config: the host refuses some of them once `rl` is off."""
+    if method.keys is None:
+        return None
+    model = load_object(method.keys)
+    raw = {key: cfg[key] for key in model.model_fields if cfg.get(key) is not None}
+    keys: BaseModel = parse_block(model, raw, "")
+    for key in raw:
+        cfg.pop(key)
+    cfg[TAKEN_KEYS] = raw
+    return keys
 
 
 def _check_blocks(cfg: Mapping[str, Any], method: Method | None, rl: Any) -> None:
+    read = set() if method is None else {method.block, *([method.base.block] if method.base else [])}
     for other in registry().methods.values():
-        if cfg.get(other.block) is None or (method is not None and other.block == method.block):
+        if cfg.get(other.block) is None or other.block in read:
             continue
+        names = [m.name for m in registry().methods.values() if m.block == other.block and m.alone]
         raise ValueError(
-            f"{other.block}: this block is there, but `rl: {rl}` does not read it. Set `rl: {other.name}` or remove it"
+            f"{other.block}: this block is there, but `rl: {rl}` does not read it. Set `rl:` to "
+            f"{' or '.join(names)}, or remove the block"
         )
-    if method is not None and cfg.get(method.block) is None:
-        raise ValueError(f"{method.block}: missing; `rl: {method.name}` reads its settings from this block")
     if method is None and cfg.get("row_filters"):
         raise ValueError(f"row_filters: there, but `rl: {rl}` does not read it; remove it")
 
@@ -91,11 +141,14 @@ def _filters(cfg: Mapping[str, Any], settings: BaseModel) -> tuple[tuple[str, di
     if percent < 100:
         within = settings.keep_within  # type: ignore[attr-defined]
         filters.append(("keep_top_percent", {"percent": percent, "within": within}))
+    if isinstance(settings, DeftConfig) and settings.train_on != "all":
+        filters.append(("keep_levels", {"levels": settings.train_on}))
     return tuple(filters)
 
 
-def _group_column(filters: tuple[tuple[str, dict[str, Any]], ...]) -> str | None:
-    columns = {f.get("within") for _, f in filters} - {None, "none", "dataset"}
+def _group_column(filters: tuple[tuple[str, dict[str, Any]], ...], settings: BaseModel) -> str | None:
+    asked = [settings.grade_within] if isinstance(settings, DeftConfig) else []
+    columns = {*asked, *(f.get("within") for _, f in filters)} - {None, "none", "dataset"}
     if len(columns) > 1:
-        raise ValueError(f"row_filters: rows can be ranked within one column only, not {sorted(map(str, columns))}")
+        raise ValueError(f"rows can be ranked within one column only, not {sorted(map(str, columns))}")
     return str(columns.pop()) if columns else None

@@ -27,12 +27,15 @@ from poft_plugin.data.rows import (
 )
 from poft_plugin.hosts.axolotl.conversations import Reader, conversation_reader
 from poft_plugin.hosts.axolotl.entries import ENTRIES, SALT_FIELD, SUPPORTED_TYPES, Entry
+from poft_plugin.hosts.axolotl.ranked_strategy import RankedStrategy
 from poft_plugin.losses.logps import IGNORED
 
 
-def load(tokenizer: Any, cfg: DictDefault, ds_cfg: Mapping[str, Any]) -> "MethodStrategy":
+def load(tokenizer: Any, cfg: DictDefault, ds_cfg: Mapping[str, Any]) -> DatasetWrappingStrategy:
     """What the host calls for `type: poft_plugin.hosts.axolotl.strategy`."""
     entry = ENTRIES[ds_cfg[SALT_FIELD]]
+    if entry.ranked is not None:
+        return RankedStrategy(tokenizer, cfg, entry)
     return MethodStrategy(tokenizer, cfg, _host_entry(entry, ds_cfg), entry)
 
 

@@ -5,23 +5,27 @@ Axolotl's own `compute_loss` still counts tokens, and its `log` still adds what 
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from axolotl.core.trainers.base import AxolotlTrainer
+from axolotl.utils.dict import DictDefault
 from axolotl.utils.logging import get_logger
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from poft_plugin.config import DeftConfig
 from poft_plugin.data.collate import GROUP_IDS, SEQUENCE_IDS
-from poft_plugin.data.columns import ROW_INDEX
-from poft_plugin.data.preparation import RunContext
+from poft_plugin.data.columns import ROW_INDEX, SCORES
 from poft_plugin.hosts.axolotl.datasets import attach_columns
 from poft_plugin.hosts.axolotl.run import MethodRun
-from poft_plugin.losses import install_response_forward, mean_logps, response_positions
+from poft_plugin.losses import install_response_forward, mean_logps, response_positions, sum_logps
 from poft_plugin.losses.head import check_head
+from poft_plugin.scoring.grades import DISCREPANCY, load_discrepancy
 from poft_plugin.trainers.metrics import MetricSums, merged
 from poft_plugin.trainers.step import Metric, SequenceBatch, StepOutput
 
@@ -71,11 +75,13 @@ class SampleMeanTrainer(Trainer):
         self._check_head_once(model, inputs["input_ids"].device)
         positions, targets, numbers = response_positions(inputs["labels"], inputs[SEQUENCE_IDS])
         given = {name: inputs[name] for name in MODEL_INPUTS if inputs.get(name) is not None}
-        logps = model(**given, use_cache=False, response_positions=positions, response_targets=targets)
-        groups = inputs[GROUP_IDS]
-        means, counts = mean_logps(logps, numbers.to(logps.device), len(groups))
-        columns = {name: inputs[name] for name in self.method_run.method.columns}
-        return self.step(SequenceBatch(means, counts, groups, columns))
+        answer = model(**given, use_cache=False, response_positions=positions, response_targets=targets)
+        logps, scores = answer if isinstance(answer, tuple) else (answer, None)
+        groups, numbers = inputs[GROUP_IDS], numbers.to(logps.device)
+        sums, counts = sum_logps(logps, numbers, len(groups))
+        rewards = None if scores is None else mean_logps(scores, numbers, len(groups))[0]
+        columns = {name: inputs[name] for name in (*self.method_run.method.columns, SCORES) if name in inputs}
+        return self.step(SequenceBatch(sums, counts, groups, columns, rewards))
 
     def _check_head_once(self, model: nn.Module, device: torch.device) -> None:
         if not self.head_checked:
@@ -137,11 +143,16 @@ class SampleMeanTrainer(Trainer):
 
 
 class MethodTrainer(AxolotlTrainer, SampleMeanTrainer):
-    """Axolotl's trainer for one run of one method. `method_run` is set by `trainer_class`."""
+    """Axolotl's trainer for one run of one method. `method_run`, `cfg` and `tensors` are set by `trainer_class`."""
+
+    cfg: DictDefault
+    tensors: Mapping[str, np.ndarray]
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         self.step = self.method_run.step()
-        self.parts = install_response_forward(model)
+        self.parts = install_response_forward(model, self._discrepancy())
+        if self.method_run.method.needs_start_policy:
+            _disable_dropout(model)
         self.training_sums = MetricSums()
         self.head_checked, self.starved = False, 0
         super().__init__(*args, model=model, **kwargs)
@@ -184,14 +195,28 @@ class MethodTrainer(AxolotlTrainer, SampleMeanTrainer):
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluates; a data set without the method's columns (`axolotl evaluate`) gets them from the score cache."""
         if eval_dataset is not None and ROW_INDEX not in eval_dataset.column_names:
-            context = RunContext.from_environment("evaluate")
-            eval_dataset = attach_columns(eval_dataset, self.method_run, context)
+            eval_dataset = attach_columns(eval_dataset, self.method_run, self.cfg)
         return super().evaluate(eval_dataset, *args, **kwargs)
 
+    def _discrepancy(self) -> Tensor | None:
+        """DEFT's discrepancy distribution: this run's, or (`axolotl evaluate`) the training run's."""
+        settings = self.method_run.settings
+        if not isinstance(settings, DeftConfig) or not settings.omega:
+            return None
+        found = self.tensors.get(DISCREPANCY)
+        return torch.from_numpy(load_discrepancy(Path(self.cfg.output_dir)) if found is None else found)
 
-def trainer_class(run: MethodRun) -> type[MethodTrainer]:
+
+def trainer_class(run: MethodRun, cfg: DictDefault, tensors: Mapping[str, np.ndarray]) -> type[MethodTrainer]:
     """The trainer of a run, as a class: the host builds it itself and hands it nothing of ours."""
-    return type("MethodTrainer", (MethodTrainer,), {"method_run": run})
+    return type("MethodTrainer", (MethodTrainer,), {"method_run": run, "cfg": cfg, "tensors": tensors})
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    """As the host's DPO: with dropout, policy and reference would differ before the first step."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
 
 
 def _sample_indices(inputs: Mapping[str, Any]) -> list[int]:

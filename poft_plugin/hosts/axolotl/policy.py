@@ -1,0 +1,39 @@
+"""What preprocessors have to know of the policy, out of the host's config; the weights are not loaded."""
+
+from typing import Any
+
+from axolotl.loaders import load_tokenizer
+from axolotl.utils.dict import DictDefault
+
+from poft_plugin.data.preparation import Policy
+
+
+def policy_of(cfg: DictDefault) -> Policy:
+    """The policy of a validated config, with its tokenizer as the host sets it up."""
+    dtype = str(cfg.torch_dtype or "float32").removeprefix("torch.")
+    return Policy(
+        model=str(cfg.base_model),
+        tokenizer=load_tokenizer(cfg),
+        sequence_len=int(cfg.sequence_len),
+        revision=cfg.revision_of_model,
+        dtype=dtype,
+        quantization=_quantization(cfg, dtype),
+        attn_implementation=cfg.attn_implementation,
+        trust_remote_code=bool(cfg.trust_remote_code),
+    )
+
+
+def _quantization(cfg: DictDefault, dtype: str) -> dict[str, Any] | None:
+    """What the host passes to bitsandbytes; full fine-tuning has none."""
+    if cfg.load_in_8bit:
+        return {"load_in_8bit": True}
+    if not cfg.load_in_4bit:
+        return None
+    return {
+        "load_in_4bit": True,
+        "llm_int8_threshold": 6.0,
+        "llm_int8_has_fp16_weight": False,
+        "bnb_4bit_compute_dtype": dtype,
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_quant_type": "nf4",
+    }

@@ -1,0 +1,93 @@
+"""The last steps of preparing preference rows: judged by length, checked against steps and packs, laid out."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from axolotl.utils.dict import DictDefault
+from axolotl.utils.logging import get_logger
+from datasets import Dataset
+from datasets.table import InMemoryTable
+
+from poft_plugin.data.columns import ORDER, RANKED_INPUT_IDS, RANKED_LABELS, ROW_INDEX, ROW_KEY, SEQUENCE_LENGTHS
+from poft_plugin.data.groups import group_lengths, in_order, lay_out, longest_sequences
+from poft_plugin.data.preparation import Rows, RunContext
+
+LOG = get_logger("axolotl.poft_plugin")  # the host shows messages of its own namespace only
+
+RANKED_COLUMNS = (RANKED_INPUT_IDS, RANKED_LABELS, SEQUENCE_LENGTHS)
+
+
+def not_in_evaluation(train: Rows, evaluation: Rows) -> np.ndarray:
+    """`(n,)`: training rows that are no evaluation rows, so that nothing is graded or counted on those."""
+    seen = pc.is_in(train.keys, value_set=pc.unique(evaluation.keys.combine_chunks()))
+    return np.asarray(pc.invert(seen).to_numpy())
+
+
+def short_enough(rows: Rows, cfg: DictDefault) -> np.ndarray:
+    """`(n,)`: rows of which every sequence fits into `sequence_len`, as the host's own length filter asks of a row.
+
+    Raises:
+        ValueError: with `excess_length_strategy: raise`, naming the longest row.
+    """
+    lengths = longest_sequences(rows)
+    keep = lengths <= cfg.sequence_len
+    if (cfg.excess_length_strategy or "drop").lower() == "raise" and not keep.all():
+        worst = int(lengths.argmax())
+        raise ValueError(
+            f"{int((~keep).sum())} of {len(rows)} rows have a sequence of more than sequence_len {cfg.sequence_len} "
+            f"tokens, the longest {rows.where(worst)} with {lengths[worst]} (excess_length_strategy: raise)"
+        )
+    return keep
+
+
+def check_pack(rows: Rows, cfg: DictDefault) -> None:
+    """Refuses packs that cannot hold the largest group: the sequences of a sample stay together.
+
+    Raises:
+        ValueError: naming the row, its tokens, a pack's tokens and the remedies.
+    """
+    if not cfg.sample_packing:
+        return
+    lengths = group_lengths(rows)
+    worst = int(lengths.argmax())
+    capacity = cfg.sequence_len * (1 if cfg.multipack_real_batches else cfg.micro_batch_size)
+    if lengths[worst] > capacity:
+        needed = -(-int(lengths[worst]) // cfg.sequence_len)
+        raise ValueError(
+            f"sample_packing: {rows.where(worst)} has {lengths[worst]} tokens in all its responses, a pack holds "
+            f"{capacity} (sequence_len {cfg.sequence_len} x micro_batch_size {cfg.micro_batch_size}). Set "
+            f"`micro_batch_size: {needed}` or a larger `sequence_len`, or `sample_packing: false`"
+        )
+
+
+def check_one_step(count: int, cfg: DictDefault, context: RunContext) -> None:
+    """Refuses fewer training rows than one optimizer step takes.
+
+    Raises:
+        ValueError: naming both numbers and the remedies.
+    """
+    per_batch = 1 if cfg.sample_packing else cfg.micro_batch_size
+    step = per_batch * cfg.gradient_accumulation_steps * context.world_size
+    if count < step:
+        raise ValueError(
+            f"{count} rows are left to train on, fewer than the {step} of one optimizer step (micro_batch_size "
+            f"{cfg.micro_batch_size} x gradient_accumulation_steps {cfg.gradient_accumulation_steps} x "
+            f"{context.world_size} processes). Raise `deft.top_percent`, set `train_on: A+B`, or lower one of them"
+        )
+
+
+def laid_out(rows: Rows, names: list[str]) -> Dataset:
+    """The data set that the trainer gets: tokens of whole groups, from best to worst, and the method's columns."""
+    order = rows.attached.get(ORDER)
+    columns = {name: _column(rows.attached[name], order) for name in names if name != ORDER}
+    columns |= {ROW_KEY: rows.keys, ROW_INDEX: pa.array(np.arange(len(rows)))}
+    table = lay_out(rows)
+    for name, values in columns.items():
+        table = table.append_column(name, values)
+    return Dataset(InMemoryTable(table))
+
+
+def _column(values: np.ndarray, order: np.ndarray | None) -> pa.Array:
+    if values.dtype == object and len(values) and isinstance(values[0], list):
+        return pa.array(in_order(values, order))
+    return pa.array(values)
