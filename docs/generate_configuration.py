@@ -8,24 +8,48 @@ A test fails where either is stale.
 import inspect
 import re
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from poft_plugin.config import ReferenceConfig, RowFilterConfig
+from poft_plugin.config import DpoKeys, ReferenceConfig, RewardModelConfig, RowFilterConfig
 from poft_plugin.hosts.axolotl.args import PoftPluginArgs
-from poft_plugin.methods import METHODS
+from poft_plugin.hosts.axolotl.ranked_rows import RankedFields
+from poft_plugin.methods import Method
 from poft_plugin.plugins import load_object, registry
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "configuration.md"
 README = ROOT / "README.md"
 
-BLOCKS: dict[str, type[BaseModel]] = {method.block: load_object(method.config) for method in METHODS}
-NESTED: dict[str, type[BaseModel]] = {"poft.references[]": ReferenceConfig, "row_filters[]": RowFilterConfig}
+METHODS = [m for m in registry().methods.values() if m.alone and m.step.startswith("poft_plugin.")]
+"""The rl types that this package brings."""
+
+
+def _widest(block: str) -> type[BaseModel]:
+    """The model with the most keys: the block `deft:` has a smaller one for `pro` and `rrhf`."""
+    models: list[type[BaseModel]] = [load_object(method.config) for method in METHODS if method.block == block]
+    return max(models, key=lambda model: len(model.model_fields))
+
+
+BLOCKS: dict[str, type[BaseModel]] = {block: _widest(block) for block in dict.fromkeys(m.block for m in METHODS)}
+NESTED: dict[str, type[BaseModel]] = {
+    "poft.references[]": ReferenceConfig,
+    "deft.reward_model": RewardModelConfig,
+    "row_filters[]": RowFilterConfig,
+    "datasets[]": RankedFields,
+    "rl_beta and others": DpoKeys,
+}
+TITLES = {
+    "poft.references[]": "An entry of `poft.references:`",
+    "deft.reward_model": "`deft.reward_model:`",
+    "row_filters[]": "An entry of `row_filters:`",
+    "datasets[]": "An entry of `datasets:` with preference rows",
+    "rl_beta and others": "Top-level keys of `rl: deft_dpo`",
+}
 BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 INTRODUCTION = """# Configuration
@@ -43,14 +67,27 @@ def top_level() -> dict[str, FieldInfo]:
     return {name: field for name, field in PoftPluginArgs.model_fields.items() if name not in blocks}
 
 
-def table(fields: dict[str, FieldInfo], *, with_types: bool) -> str:
-    """A Markdown table of fields: key, (type,) default, meaning."""
-    heading = ["Key", "Type", "Default", "Meaning"] if with_types else ["Key", "Default", "Meaning"]
+def table(fields: dict[str, FieldInfo], *, with_types: bool, block: str = "") -> str:
+    """A Markdown table of fields: key, (type,) default, (which methods read it, where not all do,) meaning."""
+    readers = {name: _readers(block, name) for name in fields}
+    named = len(set(readers.values())) > 1
+    heading = ["Key", *(["Type"] if with_types else []), "Default", *(["Read by"] if named else []), "Meaning"]
     lines = [heading, ["---"] * len(heading)]
     for name, field in fields.items():
-        kind = [type_of(field)] if with_types else []
-        lines.append([f"`{name}`", *kind, default_of(field), _text(field.description or "")])
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        kind, read_by = [type_of(field)] if with_types else [], [readers[name]] if named else []
+        lines.append([f"`{name}`", *kind, default_of(field), *read_by, _text(field.description or "")])
+    return _rows(lines)
+
+
+def defaults() -> str:
+    """A Markdown table of the defaults that differ from method to method."""
+    varying = [method for method in METHODS if method.defaults]
+    names = list(dict.fromkeys(name for method in varying for name in method.defaults))
+    lines = [["Method", *(f"`{name}`" for name in names)], ["---"] * (1 + len(names))]
+    for method in varying:
+        allowed = load_object(method.config).model_fields
+        lines.append([f"`{method.name}`", *(_default_in(method, name) if name in allowed else "-" for name in names)])
+    return _rows(lines)
 
 
 def type_of(field: FieldInfo) -> str:
@@ -63,15 +100,17 @@ def default_of(field: FieldInfo) -> str:
     """The default as YAML, or `required`."""
     if field.is_required():
         return "required"
-    return _yaml(field.default)
+    return _yaml(field.get_default(call_default_factory=True))
 
 
 def page() -> str:
     """All of `docs/configuration.md`."""
     parts = [INTRODUCTION, "## Top level", table(top_level(), with_types=True)]
     for block, model in (BLOCKS | NESTED).items():
-        title = f"## `{block}:`" if block in BLOCKS else f"## An entry of `{block.removesuffix('[]')}:`"
-        parts += [title, _summary(model), table(model.model_fields, with_types=True)]
+        title = f"## {TITLES.get(block, f'`{block}:`')}"
+        parts += [title, _summary(model), table(model.model_fields, with_types=True, block=block)]
+        if block == "deft":
+            parts += ["### Defaults by method", "Of the keys whose default above is `null`.", defaults()]
     parts += ["## Row filters", "Registered by this package; other packages may add more.", _filters()]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
@@ -82,11 +121,12 @@ def readme(text: str) -> str:
     Raises:
         ValueError: if a table's place in it is missing.
     """
-    tables = {"top level": top_level(), **{name: model.model_fields for name, model in (BLOCKS | NESTED).items()}}
-    for name, fields in tables.items():
+    fields = {"top level": top_level(), **{name: model.model_fields for name, model in (BLOCKS | NESTED).items()}}
+    tables = {name: table(found, with_types=False, block=name) for name, found in fields.items()}
+    for name, made in {**tables, "defaults by method": defaults()}.items():
         begin, end = f"<!-- keys: {name} -->", "<!-- end of keys -->"
         pattern = re.compile(re.escape(begin) + r".*?" + re.escape(end), flags=re.DOTALL)
-        replacement = f"{begin}\n\n{table(fields, with_types=False)}\n\n{end}"
+        replacement = f"{begin}\n\n{made}\n\n{end}"
         text, count = pattern.subn(lambda _, new=replacement: new, text)  # type: ignore[misc]
         if count != 1:
             raise ValueError(f"{README}: {begin!r} ... {end!r} is there {count} times, not once")
@@ -107,7 +147,27 @@ def _filters() -> str:
         settings = [p for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
         shown = [f"`{p.name}`{'' if p.default is p.empty else f' ({_yaml(p.default)})'}" for p in settings]
         lines.append([f"`{name}`", ", ".join(shown), _summary(function)])
+    return _rows(lines)
+
+
+def _rows(lines: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _readers(block: str, key: str) -> str:
+    """The methods of a block that read a key, in short."""
+    sharing = [method for method in METHODS if method.block == block]
+    reading = [m for m in sharing if key in load_object(m.config).model_fields and key not in m.unread]
+    if reading == sharing:
+        return "all"
+    if reading == [method for method in sharing if method.base is not None]:
+        return "`deft_...`"
+    return ", ".join(f"`{method.name}`" for method in reading)
+
+
+def _default_in(method: Method, key: str) -> str:
+    value = method.defaults[key]
+    return "required" if value is None else _yaml(value)
 
 
 def _words(annotation: Any) -> str:
@@ -115,17 +175,24 @@ def _words(annotation: Any) -> str:
     if annotation is type(None):
         return "null"
     if origin is Literal:
-        return _joined(f"`{value}`" for value in arguments)
+        return _joined(_yaml(value) for value in arguments)
     if origin in (Union, types.UnionType):
         return _joined(word for argument in arguments for word in re.split(", | or ", _words(argument)))
-    if origin in (tuple, list):
-        return f"list of {_words(arguments[0])}"
+    if origin in (tuple, list, Sequence):
+        words = _words(arguments[0])
+        return f"list of {words}{'s' if words in ('block', 'number') else ''}"
+    if origin in (dict, Mapping):
+        return "names with values"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return "blocks"
+        return "block"
     return {str: "text", int: "integer", float: "number", bool: "`true` or `false`"}[annotation]
 
 
 def _yaml(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"`[{', '.join(map(str, value))}]`"
+    if isinstance(value, float):
+        return f"`{str(value).replace('e-0', 'e-')}`"
     return f"`{'null' if value is None else str(value).lower() if isinstance(value, bool) else value}`"
 
 

@@ -1,4 +1,4 @@
-"""poft_plugin: preference-oriented SFT (PoFT) inside Axolotl.
+"""poft_plugin: preference-oriented SFT (PoFT) and distribution-guided alignment (DEFT) inside Axolotl.
 
 Importing this package loads neither torch nor axolotl; the host asks for `PoftPlugin` by name.
 """

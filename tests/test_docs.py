@@ -4,21 +4,25 @@ import re
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import test_examples
 import torch
 import yaml
+from axolotl.utils.dict import DictDefault
 
 from docs import generate_configuration
-from poft_plugin.config import PoftConfig, ReferenceConfig, RowFilterConfig
-from poft_plugin.data.columns import REFERENCE_LOGP
-from poft_plugin.hosts.axolotl.checks import REFUSALS
+from poft_plugin.config import DeftConfig, DpoKeys, PoftConfig, ReferenceConfig, RewardModelConfig, RowFilterConfig
+from poft_plugin.data.columns import RANKS, REFERENCE_LOGP, REFERENCE_SUM_LOGPS, SCORES
+from poft_plugin.hosts.axolotl.checks import PREFIXES, RANKED_REFUSALS, REFUSALS, START_REFUSALS
 from poft_plugin.hosts.axolotl.entries import FAMILIES
-from poft_plugin.losses import poft_loss
+from poft_plugin.hosts.axolotl.ranked_rows import RANKED_TYPES, RankedFields
+from poft_plugin.hosts.axolotl.run import take_over
+from poft_plugin.methods import Method
+from poft_plugin.report.grading import summarise_grading
 from poft_plugin.report.scores import Distribution, Summary
 from poft_plugin.trainers.metrics import MetricSums
-from poft_plugin.trainers.poft import PoftStep
-from poft_plugin.trainers.step import SequenceBatch
+from poft_plugin.trainers.step import SequenceBatch, Step
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -45,31 +49,68 @@ def test_tables_of_keys_in_the_readme_are_fresh() -> None:
     [
         ("## Keys of `poft:`", PoftConfig.model_fields),
         ("### A reference", ReferenceConfig.model_fields),
-        ("### Top-level keys", [*generate_configuration.top_level(), *RowFilterConfig.model_fields]),
+        ("## Keys of `deft:`", DeftConfig.model_fields),
+        ("### Defaults by method", [m.name for m in test_examples.BUILT_IN if m.defaults]),
+        ("### The reward model", RewardModelConfig.model_fields),
+        ("### A data set of preference rows", RankedFields.model_fields),
+        ("## Top-level keys", [*generate_configuration.top_level(), *RowFilterConfig.model_fields]),
+        ("### Top-level keys of `rl: deft_dpo`", DpoKeys.model_fields),
     ],
 )
 def test_every_key_is_in_the_readme(section: str, keys: list[str]) -> None:
     assert first_cells(section) == {*keys}
 
 
+def step_of(method: Method) -> Step:
+    """The step of a run with the least settings that the method asks for."""
+    block = {"references": [{"model": "NAME"}]} if method.block == "poft" else {}
+    required = {name: 1.0 for name, value in method.defaults.items() if value is None}
+    entry = {"path": "DATASET", "type": "chat_template.default" if method.ranked else "chat_template"}
+    run = take_over(DictDefault({"rl": method.name, method.block: {**block, **required}, "datasets": [entry]}))
+    assert run is not None
+    return run.step()
+
+
 def test_every_metric_is_in_the_readme() -> None:
-    one, count = torch.tensor([-1.0]), torch.tensor([4.0])
-    batch = SequenceBatch(one, count, torch.tensor([0]), {REFERENCE_LOGP: one})
+    """A pair of responses through the step of every method."""
+    numbers = torch.tensor([-1.0, -2.0])
+    columns = dict.fromkeys((REFERENCE_LOGP, REFERENCE_SUM_LOGPS, SCORES), numbers)
+    columns[RANKS] = torch.tensor([0.0, 1.0])
+    counts, groups = torch.tensor([4.0, 4.0]), torch.tensor([0, 0])
+    batch = SequenceBatch(numbers, counts, groups, columns, distribution_rewards=numbers)
     sums = MetricSums()
-    sums.add(PoftStep(poft_loss)(batch).metrics)
+    for method in test_examples.BUILT_IN:
+        sums.add(step_of(method)(batch).metrics)
     each_log = {"loss", *sums.pop(lambda tensor: tensor)}
     once = Summary((Distribution("NAME", "DATASET", 1, 0.0, (0.0, 0.0, 0.0)),), {("NAME", "NAME"): 1.0}).statistics()
-    assert first_cells("## Metrics") == each_log | set(once)
+    graded = summarise_grading(
+        np.array(["A"]),
+        np.zeros(1),
+        ["DATASET"],
+        top_percent=100,
+        bottom_percent=0,
+        grade_within="dataset",
+        disagree=np.zeros(1),
+    ).statistics()
+    assert {"deft/distribution_reward", "dpo/loss", "poft/win_rate"} <= each_log
+    assert first_cells("## Metrics") == each_log | {*once, *graded}
 
 
 def test_every_refused_setting_is_in_the_readme() -> None:
     listed = {cell.split(":")[0] for cell in first_cells("## What is refused")}
-    assert listed == {refusal.key for refusal in REFUSALS}
+    refusals = (*REFUSALS, *RANKED_REFUSALS, *START_REFUSALS)
+    assert listed == {refusal.key for refusal in refusals} | {f"{prefix}..." for prefix in PREFIXES}
+
+
+def test_every_method_is_in_the_readme() -> None:
+    assert first_cells("## The methods") == {method.name for method in test_examples.BUILT_IN}
 
 
 def test_every_supported_dataset_type_is_in_the_readme() -> None:
     section = README.split("\n## Dataset types that work\n", 1)[1].split("\n## ", 1)[0]
-    assert {*FAMILIES} <= {name.partition(".")[0] for name in re.findall(r"`([^`]+)`", section)}
+    named = re.findall(r"`([^`]+)`", section)
+    assert {*FAMILIES} <= {name.partition(".")[0] for name in named}
+    assert {*RANKED_TYPES} <= {*named}
 
 
 def test_every_dependency_has_a_role_in_the_readme() -> None:
@@ -79,13 +120,13 @@ def test_every_dependency_has_a_role_in_the_readme() -> None:
     assert first_cells("## Dependencies and what each is for") == names
 
 
-def test_config_in_the_readme_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
-    block = re.search(r"```yaml\n(.*?)```", README, flags=re.DOTALL)
-    assert block is not None
-    raw = yaml.safe_load(block[1])
+@pytest.mark.parametrize(("number", "rl"), [(0, "poft"), (1, "deft_dpo")])
+def test_config_in_the_readme_is_valid(number: int, rl: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", README, flags=re.DOTALL)[number])
     valid, run = test_examples.validated(dict(raw), test_examples.MACHINE, monkeypatch)
-    assert run.method.name == "poft"
-    assert set(raw) <= {*valid, "rl"}
+    assert run is not None
+    assert run.method.name == raw["rl"] == rl
+    assert set(raw) <= {*valid, "rl", *(type(run.keys).model_fields if run.keys else ())}
 
 
 @pytest.mark.parametrize(

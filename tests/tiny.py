@@ -215,3 +215,32 @@ def write_config(path: Path, **settings: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump({k: v for k, v in merged.items() if v is not None}, sort_keys=False))
     return path
+
+
+def pair_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Pairs with scores, the prompt as messages of one or three turns."""
+    rng = random.Random(seed)
+
+    def words(low: int, high: int) -> str:
+        return " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
+
+    rows = []
+    for number in range(count):
+        messages = [{"role": "user", "content": f"{number}: {words(2, 9)}?"}]
+        if number % 3 == 0:
+            messages += [{"role": "assistant", "content": words(1, 5)}, {"role": "user", "content": words(1, 5)}]
+        chosen = {"role": "assistant", "content": words(2, 12)}
+        scores = [round(rng.gauss(0.3, 1), 3), round(rng.gauss(0, 1), 3)]
+        rows.append({"messages": messages, "chosen": chosen, "rejected": words(2, 12), "scores": scores})
+    return rows
+
+
+def ranked_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Lists of two to five responses with scores of one decimal, so that some are tied."""
+    rng = random.Random(seed)
+    rows = []
+    for number in range(count):
+        responses = [" ".join(rng.choices(WORDS, k=rng.randint(2, 12))) for _ in range(rng.randint(2, 5))]
+        scores = [round(rng.random(), 1) for _ in responses]
+        rows.append({"prompt": f"{number}: {rng.choice(WORDS)}?", "responses": responses, "scores": scores})
+    return rows

@@ -104,10 +104,10 @@ def _lay_out(table: pa.Table, order: np.ndarray | None) -> pa.Table:
     return pa.table(
         {
             "input_ids": _lists(tokens, input_ids, np.int32),
-            "labels": _lists(tokens, labels, np.int64),
+            "labels": _lists(tokens, labels, np.int32),
             "attention_mask": _lists(tokens, np.ones(len(input_ids)), np.int8),
-            "position_ids": _lists(tokens, positions, np.int64),
-            SEQUENCE_LENGTHS: _lists(rows, lengths, np.int64),
+            "position_ids": _lists(tokens, positions, np.int32),
+            SEQUENCE_LENGTHS: _lists(rows, lengths, np.int32),
             "length": np.diff(tokens),
         }
     )

@@ -114,7 +114,9 @@ def _label(raw: Mapping[str, Any], where: str, used: dict[str, int], method: Met
         raise ValueError(f"{where} ({raw['path']}): type {kind!r} is not supported. What works: {SUPPORTED_TYPES}")
     path = str(raw["path"])
     name = Path(path).name if Path(path).exists() else path
-    label = " ".join([name, *(str(raw[key]) for key in ("name", "split") if raw.get(key))])
+    files = raw.get("data_files") or []
+    parts = [raw.get("name"), *([files] if isinstance(files, str) else files), raw.get("split")]
+    label = " ".join([name, *(str(part) for part in parts if part)])
     used[label] = used.get(label, 0) + 1
     return label if used[label] == 1 else f"{label} #{used[label]}"
 

@@ -49,14 +49,17 @@ def check_pack(rows: Rows, cfg: DictDefault) -> None:
     if not cfg.sample_packing:
         return
     lengths = group_lengths(rows)
-    worst = int(lengths.argmax())
-    capacity = cfg.sequence_len * (1 if cfg.multipack_real_batches else cfg.micro_batch_size)
-    if lengths[worst] > capacity:
-        needed = -(-int(lengths[worst]) // cfg.sequence_len)
+    worst, length = int(lengths.argmax()), int(lengths.max())
+    # the host packs `micro_batch_size` rows, or, where attention takes any length, one row of as many tokens
+    rows_apart = cfg.multipack_real_batches
+    rows_apart = not cfg.attn_supports_packing if rows_apart is None else rows_apart
+    capacity = cfg.sequence_len * (1 if rows_apart else cfg.micro_batch_size)
+    if length > capacity:
+        remedy = f"`sequence_len: {length}`" if rows_apart else f"`micro_batch_size: {-(-length // cfg.sequence_len)}`"
         raise ValueError(
-            f"sample_packing: {rows.where(worst)} has {lengths[worst]} tokens in all its responses, a pack holds "
-            f"{capacity} (sequence_len {cfg.sequence_len} x micro_batch_size {cfg.micro_batch_size}). Set "
-            f"`micro_batch_size: {needed}` or a larger `sequence_len`, or `sample_packing: false`"
+            f"sample_packing: {rows.where(worst)} has {length} tokens in all its responses, a pack holds {capacity} "
+            f"(sequence_len {cfg.sequence_len}{'' if rows_apart else f' x micro_batch_size {cfg.micro_batch_size}'}). "
+            f"Set {remedy} or more, or `sample_packing: false`"
         )
 
 
