@@ -4,6 +4,7 @@ Each process takes its share of the missing rows, prepares all of it before any 
 every now and then (so that little is lost when it is stopped), and then waits until the others' shares have come in.
 """
 
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,12 +15,16 @@ import torch
 from poft_plugin.data.preparation import Rows, RunContext
 from poft_plugin.data.rows import RowError, raise_row_errors
 from poft_plugin.report.console import progress
+from poft_plugin.scoring.board import Board
 from poft_plugin.scoring.cache import Lookup, ScoreCache
 from poft_plugin.scoring.scorer import PreparedRow, Score, Scorer
 
 FLUSH_SECONDS = 30.0
 POLL_SECONDS = 1.0
 REMINDER_SECONDS = 120.0
+
+GRACE_SECONDS = 60.0
+"""How long files may take from one machine to another on a shared file system."""
 
 
 @dataclass(frozen=True)
@@ -142,10 +147,33 @@ def refuse_long_rows(name: str, rows: Rows, lengths: Mapping[str, int], *, drop:
     print(f"{message}: dropped", flush=True)
 
 
-def wait_for_others(scorer: Scorer, rows: Rows, cache: ScoreCache) -> Lookup:
-    """The scores of all rows, once every process has written its share."""
-    reminded = time.monotonic()
+def wait_for_others(
+    scorer: Scorer, rows: Rows, cache: ScoreCache, *, shares: int = 1, board: Board | None = None
+) -> Lookup:
+    """The scores of all rows, once every process has written its share.
+
+    Args:
+        scorer: whose scores.
+        rows: the rows that were missing.
+        cache: where they appear.
+        shares: how many processes score.
+        board: where the others say that they have finished.
+
+    Raises:
+        ValueError: if a process that has finished wrote to another folder than this one reads.
+    """
+    reminded = finished = time.monotonic()
     while (lookup := cache.lookup(scorer.identity, rows.keys)).missing.any():
+        owner = int(rows.keys[int(np.flatnonzero(lookup.missing)[0])].as_py(), 16) % shares
+        machine = None if board is None else board.machine_of(owner)
+        if machine is None:
+            finished = time.monotonic()
+        elif time.monotonic() - finished > GRACE_SECONDS:
+            raise ValueError(
+                f"score_cache is not shared between nodes {machine} and {socket.gethostname()}: the process of share "
+                f"{owner} has all its scores, and {cache.folder.absolute()} lacks {int(lookup.missing.sum())} of them "
+                "here. Set `score_cache:` (or $POFT_SCORE_CACHE) to one folder that every process reaches"
+            )
         if time.monotonic() - reminded > REMINDER_SECONDS:
             reminded = time.monotonic()
             print(

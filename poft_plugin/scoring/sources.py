@@ -7,6 +7,7 @@ from typing import Protocol
 import numpy as np
 
 from poft_plugin.data.preparation import Rows, RunContext
+from poft_plugin.scoring.board import open_board
 from poft_plugin.scoring.cache import Lookup, ScoreCache
 from poft_plugin.scoring.checkpoints import Checkpoint, MissingCheckpointError, resolve_checkpoint
 from poft_plugin.scoring.exchange import ImportedScores, imported_scores
@@ -189,13 +190,16 @@ def score_all(
         prepare_missing(source.scorer, todo, cache, share) if source.scorer and share and len(todo) else []
         for source, todo, share in zip(sources, unscored, shares, strict=True)
     ]
-    for source, todo, ready in zip(sources, unscored, prepared, strict=True):
-        if source.scorer is None or not len(todo):
+    for source, todo, ready, share in zip(sources, unscored, prepared, shares, strict=True):
+        if source.scorer is None or share is None:
             continue
+        board = open_board(run, source.scorer.identity, rows.keys)
         if ready:
             device = accelerator(run, source.scorer.devices)
             score_prepared(source.scorer, ready, todo, cache, device=device, batch_tokens=settings.batch_tokens)
-        wait_for_others(source.scorer, todo, cache)
+        board.announce(share.index)
+        if len(todo):
+            wait_for_others(source.scorer, todo, cache, shares=share.count, board=board)
     return [source.lookup(rows, cache) for source in sources]
 
 

@@ -169,10 +169,10 @@ def test_columns_have_the_same_types_whatever_the_chunks(monkeypatch: pytest.Mon
     assert types.pop("length") == pa.int64()
     assert {name: kind.value_type for name, kind in types.items()} == {
         "input_ids": pa.int32(),
-        "labels": pa.int64(),
+        "labels": pa.int32(),
         "attention_mask": pa.int8(),
-        "position_ids": pa.int64(),
-        "sequence_lengths": pa.int64(),
+        "position_ids": pa.int32(),
+        "sequence_lengths": pa.int32(),
     }
     monkeypatch.setattr(groups, "CHUNK_ROWS", 2)
     assert lay_out(rows(found, attach=True, chunks=2)).schema == whole
