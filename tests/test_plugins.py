@@ -1,7 +1,8 @@
 """The registry: what the project ships, what others may add, and what is refused."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +12,11 @@ import pytest
 
 from poft_plugin import hookspecs, methods, plugins
 from poft_plugin.hookspecs import hookimpl
-from poft_plugin.methods import METHODS, Method
+from poft_plugin.methods import METHODS, Method, deft
 from poft_plugin.plugins import OURS_ONLY, load_object
 
 TOY = Method(name="toy", paper="none", block="toy", config="toy:Config", step="toy:step", loss="toy_loss")
+SHIPPED = (*METHODS, *(method for base in METHODS if (method := deft(base)) is not None))
 
 
 @pytest.fixture(autouse=True)
@@ -87,19 +89,22 @@ def toy_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 def test_what_the_project_ships_comes_in_by_its_entry_point() -> None:
     found = plugins.registry()
     assert plugins.manager().is_registered(methods)
-    assert {method.name: method for method in METHODS} == {"poft": found.methods["poft"]}
-    assert {"poft"} <= found.losses.keys()
-    assert {"reference_rewards"} <= found.preprocessors.keys()
-    assert {"keep_top_percent"} <= found.row_filters.keys()
+    assert [method.name for method in METHODS] == ["poft", "pro", "rrhf", "dpo", "sft"]
+    assert all(found.methods[method.name] is method for method in METHODS)
+    assert {"poft", "pro", "rrhf", "dpo", "sft"} <= found.losses.keys()
+    assert {"reference_rewards", "response_scores", "reference_sum_logps", "grades"} <= found.preprocessors.keys()
+    assert {"keep_top_percent", "keep_levels"} <= found.row_filters.keys()
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize("method", SHIPPED, ids=lambda method: method.name)
 def test_every_method_names_what_exists(method: Method) -> None:
     found = plugins.registry()
     assert callable(found.losses[method.loss])
-    assert all(callable(found.preprocessors[name]) for name in method.preprocessors)
-    assert load_object(method.config).model_config["extra"] == "forbid"
-    assert callable(load_object(method.step))
+    assert all(callable(found.preprocessors[n]) for n in (*method.preprocessors, *method.training_preprocessors))
+    for path in filter(None, (method.config, method.keys)):
+        assert load_object(path).model_config["extra"] == "forbid"
+    assert all(callable(load_object(path)) for path in filter(None, (method.step, method.check)))
+    assert {*method.defaults, *method.unread} <= load_object(method.config).model_fields.keys()
 
 
 def test_another_package_adds_to_each_table() -> None:
@@ -132,6 +137,42 @@ def test_a_name_that_is_taken_is_refused(hook: str, item: list[Any], kind: str) 
         plugins.registry()
 
 
+def registers(*items: Any, hook: str = "register_methods") -> None:
+    """Another package that registers these by one hook."""
+
+    def implementation(register: Callable[[Any], None]) -> None:
+        for item in items:
+            register(item)
+
+    plugins.manager().register(SimpleNamespace(**{hook: hookimpl(implementation)}))
+
+
+@pytest.mark.parametrize("ranked", [True, False])
+def test_a_name_that_a_wrapped_method_takes_is_refused(ranked: bool) -> None:
+    taken = replace(TOY, name="deft_dpo", ranked=ranked)
+    registers(taken)
+    with pytest.raises(ValueError, match="two packages register the rl type 'deft_dpo'; uninstall one of them"):
+        plugins.registry()
+
+
+def test_another_package_may_wrap_methods_too() -> None:
+    """Every method but those that are wrapped already; what it turns down is left."""
+    seen: list[str] = []
+
+    def wrapper(method: Method) -> Method | None:
+        seen.append(method.name)
+        return replace(method, name=f"twice_{method.name}", base=method) if method.name == "poft" else None
+
+    registers(wrapper, hook="register_wrappers")
+    found = plugins.registry().methods
+    assert seen == [method.name for method in METHODS]
+    assert found.keys() == {*(method.name for method in SHIPPED), "twice_poft"}
+    plugins.registry.cache_clear()
+    registers(wrapper, hook="register_wrappers")
+    with pytest.raises(ValueError, match="two packages register the rl type 'twice_poft'"):
+        plugins.registry()
+
+
 def test_an_installed_package_is_found(toy_package: None) -> None:
     assert plugins.registry().losses["toy"] == "the loss"
 
@@ -140,8 +181,8 @@ def test_an_installed_package_is_found(toy_package: None) -> None:
 def test_with_ours_only_others_are_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(OURS_ONLY, "1")
     found = plugins.registry()
-    assert found.losses.keys() == {"poft"}
-    assert found.methods.keys() == {method.name for method in METHODS}
+    assert found.losses.keys() == {"poft", "pro", "rrhf", "dpo", "sft"}
+    assert found.methods.keys() == {method.name for method in SHIPPED}
     assert "toy_package" not in sys.modules
 
 

@@ -55,11 +55,11 @@ def test_equal_samples_are_one(chunks: int) -> None:
 @pytest.mark.parametrize("chunks", [1, 2])
 @pytest.mark.parametrize("scores", [None, [2.0, 1.5], [2.0, 2.0]], ids=["none", "other", "ties"])
 def test_equal_texts_with_other_scores_are_refused(scores: list[float] | None, chunks: int) -> None:
-    """One of the two would be trained on in silence. The first pair that differs is named, by its own rows."""
+    """One of the two would be trained on in silence. The first row that differs is named, and what from."""
     first, again = sample("a", "b", scores=[2.0, 1.0]), sample("a", "b", scores=scores)
     other = sample("c", "d")
     assert first.key == again.key
-    table = rows(other, first, other, first, again, first, chunks=chunks)
+    table = rows(other, first, other, first, again, first, again, chunks=chunks)
     message = (
         rf"^data\.jsonl row 14 \(key {first.key}\) has the same texts as data\.jsonl row 11 \(key {first.key}\) with "
         "other scores; remove one of them$"

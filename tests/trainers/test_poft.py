@@ -12,15 +12,16 @@ from poft_plugin.config import PoftConfig
 from poft_plugin.data.columns import REFERENCE_LOGP
 from poft_plugin.losses import poft_loss
 from poft_plugin.trainers.poft import PoftStep, poft_step
-from poft_plugin.trainers.step import Metric, SequenceBatch
+from poft_plugin.trainers.step import Metric, SequenceBatch, StepSetup
 
 POLICY, REFERENCE, TOKENS = [-1.0, -2.5, -0.5], [-2.0, -1.0, -0.5], [4.0, 1.0, 5.0]
 
 
 def batch(policy: Tensor | None = None) -> SequenceBatch:
     """Three samples: one that the policy wins, one that it loses, one even."""
+    means = torch.tensor(POLICY, requires_grad=True) if policy is None else policy
     return SequenceBatch(
-        mean_logps=torch.tensor(POLICY, requires_grad=True) if policy is None else policy,
+        sum_logps=means * torch.tensor(TOKENS),
         num_tokens=torch.tensor(TOKENS),
         group_ids=torch.arange(3),
         columns={REFERENCE_LOGP: torch.tensor(REFERENCE, dtype=torch.float64)},
@@ -84,7 +85,8 @@ def test_settings_reach_the_registered_loss() -> None:
         return policy_logp - reference_logp
 
     settings = PoftConfig.model_validate({"references": [{"model": "a"}], "beta": 0.3, "gamma": -0.2})
-    output = poft_step(settings, loss)(batch())
+    setup = StepSetup(settings, loss)
+    output = poft_step(setup)(batch())
     assert calls == [{"beta": 0.3, "gamma": -0.2}]
     torch.testing.assert_close(output.losses, torch.tensor(POLICY) - torch.tensor(REFERENCE))
-    assert poft_step(settings, loss) == PoftStep(loss, beta=0.3, gamma=-0.2)
+    assert poft_step(setup) == PoftStep(loss, beta=0.3, gamma=-0.2)

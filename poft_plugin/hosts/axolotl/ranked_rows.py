@@ -147,8 +147,6 @@ def _from_list(row: Row, fields: RankedFields, where: str) -> RankedSample:
         texts.append(_field(item, fields.field_response_text, f"{where} response {number}"))
         if fields.field_response_score is not None:
             scores.append(_field(item, fields.field_response_score, f"{where} response {number}"))
-    if scores and len(scores) != len(texts):
-        raise RowError(f"{where}: {len(scores)} scores for {len(texts)} responses; give one each")
     found = scores or _scores(row, fields)
     return ranked_list(_prompt(row, fields, where), texts, scores=found, where=where)
 

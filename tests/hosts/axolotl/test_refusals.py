@@ -45,7 +45,7 @@ def config(models: SimpleNamespace, folder: Path, **settings: Any) -> Path:
         ({"excess_length_strategy": "truncate"}, r"excess_length_strategy: 'truncate'.*different texts"),
         ({"sample_packing": True, "eval_sample_packing": True}, r"eval_sample_packing: True"),
         ({"trainer_cls": "a.B"}, r"trainer_cls: 'a.B'"),
-        ({"rl_beta": 0.1}, r"rl_beta: 0.1.*set `beta`"),
+        ({"rl_beta": 0.1}, r"rl_beta: 0.1.*not read"),
         ({"remove_unused_columns": True}, r"remove_unused_columns: True"),
         ({"datasets": [{"path": "x.jsonl"}]}, r"datasets\[0\]: no `type:`"),
         ({"row_filters": [{"name": "keep_top_percent", "percent": 150}]}, r"row_filters\[0\]\.percent: .*150"),
