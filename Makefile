@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # No network is needed once the environment is there. Without the second, Axolotl's telemetry waits for one at the end.
 OFFLINE := HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: quickstart test check clean
+.PHONY: quickstart test test-matrix check clean
 
 # Torch first: Axolotl takes what it finds. DeepSpeed would compile its operations without the variable.
 $(INSTALLED): constraints.txt pyproject.toml
@@ -22,6 +22,9 @@ quickstart: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+test-matrix: $(INSTALLED)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed -m 'matrix or not matrix' -v $(ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

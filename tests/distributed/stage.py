@@ -1,0 +1,68 @@
+"""Trains several configs one after the other on the ranks of one torchrun, and writes down what each run did.
+
+    torchrun --nproc_per_node=2 stage.py JOBS.json
+
+A job has a name, a config file and maybe overrides; the results go beside it, rank 0's as `JOBS.results.json`.
+"""
+
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main(jobs: Path) -> None:
+    """Runs every job."""
+    job_list = json.loads(jobs.read_text())
+    if any(job["deepspeed"] for job in job_list):
+        import cpu_deepspeed
+
+        cpu_deepspeed.mend()
+    import axolotl.train
+    import axolotl.utils.distributed
+    import hosting
+    import torch
+
+    axolotl.train.cleanup_distributed = lambda: None  # the process group stays for the next job
+    results = {}
+    for job in job_list:
+        axolotl.utils.distributed.distributed_state = None
+        recording = hosting.train(Path(job["config"]), **({"deepspeed": job["deepspeed"]} if job["deepspeed"] else {}))
+        results[job["name"]] = _result(recording)
+        if int(os.environ["RANK"]) == 0:
+            jobs.with_suffix(".results.json").write_text(json.dumps(results))
+        recording.trainer = None
+    torch.distributed.barrier()
+
+
+def _result(recording: Any) -> dict[str, Any]:
+    from transformers import PreTrainedModel
+
+    trainer = recording.trainer
+    weights = [p for p in trainer.model.parameters() if p.requires_grad]
+    models = [m for m in gc.get_objects() if isinstance(m, PreTrainedModel) and m.get_output_embeddings() is not None]
+    return {
+        "engine": type(trainer.model_wrapped).__name__,
+        "zero": getattr(trainer.model_wrapped, "zero_optimization_stage", int)(),
+        "local": sum(p.numel() for p in weights),
+        "stored": sum(getattr(p, "ds_tensor", p).numel() for p in weights),
+        "whole": sum(getattr(p, "ds_numel", p.numel()) for p in weights),
+        "optimizer": _optimizer_numbers(trainer),
+        "logs": trainer.state.log_history,
+        "models": len({id(m) for m in models}),
+        "steps": trainer.state.global_step,
+    }
+
+
+def _optimizer_numbers(trainer: Any) -> int:
+    """Elements of Adam's first moments that this rank keeps."""
+    optimizer = trainer.optimizer
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return sum(int(state["exp_avg"].numel()) for state in optimizer.state.values() if "exp_avg" in state)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,203 @@
+"""Several ranks, DeepSpeed's three stages: the same losses and weights as one process, and really sharded.
+
+Every optimizer step holds the whole data set, so that the order of rows, which samplers of several ranks change, is of
+no account. One torchrun of two processes per stage trains several methods in turn (`stage.py`).
+
+`make test` runs what is not marked `matrix`; `make test-matrix` runs everything.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import hosting
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+pytestmark = pytest.mark.timeout(600)
+HERE = Path(__file__).parent
+ROWS, STEPS = 8, 3
+LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}
+LORA |= dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), False)
+PACKED = {"sample_packing": True, "sequence_len": 192, "micro_batch_size": 1, "gradient_accumulation_steps": 1}
+RAGGED = {"val_set_size": 0, "accelerator_config": {"even_batches": False}}
+PAIRS = {"path": "pairs.jsonl", "ds_type": "json", "type": "chat_template.default"}
+LISTS = {"path": "lists.jsonl", "ds_type": "json", "type": "poft_plugin.ranked"}
+CHATS = {"path": "chats.jsonl", "ds_type": "json", "type": "chat_template"}
+DEFT = {"top_percent": 50, "bottom_percent": 25, "train_on": "all", "omega": 0.01}
+
+METHODS: dict[str, dict[str, Any]] = {
+    "poft": {"rl": "poft", "datasets": [CHATS]},
+    "poft packed": {"rl": "poft", "datasets": [CHATS], **PACKED},
+    "poft ragged": {"rl": "poft", "datasets": [{**CHATS, "path": "seven.jsonl"}], **RAGGED},
+    "deft_dpo": {"rl": "deft_dpo", "datasets": [PAIRS], "deft": DEFT},
+    "deft_dpo packed": {"rl": "deft_dpo", "datasets": [PAIRS], "deft": DEFT, **PACKED, "sequence_len": 512},
+    "deft_dpo lora": {"rl": "deft_dpo", "datasets": [PAIRS], "deft": DEFT, **LORA},
+    "deft_pro": {"rl": "deft_pro", "datasets": [LISTS], "deft": DEFT},
+    "deft_pro packed": {"rl": "deft_pro", "datasets": [LISTS], "deft": DEFT, **PACKED, "sequence_len": 768},
+}
+STAGES = ("ddp", "zero1", "zero2", "zero3")
+COVERING = {
+    ("ddp", "poft packed"), ("ddp", "poft ragged"), ("ddp", "deft_pro"),
+    ("zero1", "poft"), ("zero2", "deft_dpo"), ("zero2", "poft packed"),
+    ("zero3", "poft packed"), ("zero3", "deft_dpo"), ("zero3", "deft_pro"), ("zero3", "deft_dpo lora"),
+}  # fmt: skip
+"""What `make test` runs: every stage, every method, packed and not, LoRA under ZeRO-3."""
+
+EVERY = [
+    pytest.param(stage, name, marks=[] if (stage, name) in COVERING else pytest.mark.matrix)
+    for stage in STAGES
+    for name in METHODS
+]
+BUDGET = {"rel": 2e-4, "abs": 2e-5}
+"""Losses in float32: sums over other groupings of the same rows, three steps deep."""
+
+
+def config(folder: Path, models: SimpleNamespace, name: str, **changes: Any) -> Path:
+    """The config of one method; two ranks of two micro-batches of two rows make one step of eight rows."""
+    files = {"chats": tiny.chat_rows(ROWS, seed=5), "seven": tiny.chat_rows(ROWS - 1, seed=5),
+             "pairs": tiny.pair_rows(ROWS), "lists": tiny.ranked_rows(ROWS)}  # fmt: skip
+    for file, rows in files.items():
+        if not (folder / f"{file}.jsonl").exists():
+            tiny.write_jsonl(folder / f"{file}.jsonl", rows)
+    method = METHODS[name]
+    settings: dict[str, Any] = {
+        "base_model": str(models.policy),
+        "plugins": ["poft_plugin.PoftPlugin", "hosting.RecorderPlugin"],
+        "micro_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "num_epochs": STEPS,
+        "learning_rate": 3e-3,
+        "dataset_prepared_path": str(folder / "prepared" / name),
+        **method,
+        **changes,
+    }
+    block = {"deft": {**method["deft"], "score_cache": str(folder / "scores")}} if "deft" in method else {
+        "poft": {"references": [{"model": str(models.ref_a)}], "score_cache": str(folder / "scores")}
+    }  # fmt: skip
+    datasets = [{**entry, "path": str(folder / entry["path"])} for entry in method["datasets"]]
+    return tiny.write_config(
+        folder / f"{changes['output_dir'].replace('/', '-')}.yml", **{**settings, **block, "datasets": datasets}
+    )
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("distributed")
+
+
+@pytest.fixture(scope="module")
+def alone(models: SimpleNamespace, workplace: Path) -> Any:
+    """Each method in one process, trained when it is first asked for."""
+    found: dict[str, SimpleNamespace] = {}
+
+    def train(name: str) -> SimpleNamespace:
+        if name not in found:
+            out = workplace / "alone" / name
+            changes = {"gradient_accumulation_steps": 2} if "packed" in name else {"gradient_accumulation_steps": 4}
+            recording = hosting.train(config(workplace, models, name, output_dir=str(out), **changes))
+            found[name] = SimpleNamespace(
+                logs=recording.logs, weights=weights(out), steps=recording.trainer.state.global_step
+            )
+        return found[name]
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def staged(models: SimpleNamespace, workplace: Path, request: pytest.FixtureRequest) -> Any:
+    """Each stage's selected methods on two ranks: one torchrun, started when it is first asked for."""
+    selected = [
+        item.callspec.params
+        for item in request.session.items
+        if hasattr(item, "callspec") and "stage" in item.callspec.params
+    ]
+    found: dict[str, dict[str, Any]] = {}
+
+    def run(stage: str) -> dict[str, Any]:
+        if stage not in found:
+            names = [params["name"] for params in selected if params["stage"] == stage]
+            found[stage] = _torchrun(stage, [name for name in METHODS if name in names], models, workplace)
+        return found[stage]
+
+    return run
+
+
+def _torchrun(stage: str, names: list[str], models: SimpleNamespace, folder: Path) -> dict[str, Any]:
+    deepspeed = None if stage == "ddp" else str(HERE / f"{stage}.json")
+    jobs = [
+        {"name": name, "deepspeed": deepspeed,
+         "config": str(config(folder, models, name, output_dir=str(folder / stage / name)))}
+        for name in names
+    ]  # fmt: skip
+    path = folder / f"{stage}.json"
+    path.write_text(json.dumps(jobs))
+    environment = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}", "OMP_NUM_THREADS": "1"}
+    environment.pop("ACCELERATE_USE_CPU", None)
+    if deepspeed is None:
+        environment["ACCELERATE_USE_CPU"] = "true"
+    command = [
+        str(Path(sys.executable).parent / "torchrun"),
+        "--nproc_per_node=2",
+        "--standalone",
+        str(HERE / "stage.py"),
+        str(path),
+    ]
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=400
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    found: dict[str, Any] = json.loads(path.with_suffix(".results.json").read_text())
+    return found
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """What a run saved: the model, or its adapter."""
+    files = list(folder.glob("*.safetensors"))
+    assert files, list(folder.iterdir())
+    return {
+        name: tensor
+        for file in files
+        for name, tensor in load_file(file).items()
+        if file.name != "discrepancy.safetensors"
+    }
+
+
+@pytest.mark.parametrize(("stage", "name"), EVERY)
+def test_ranks_train_what_one_process_trains(stage: str, name: str, alone: Any, staged: Any, workplace: Path) -> None:
+    expected, found = alone(name), staged(stage)[name]
+    logs = [entry for entry in found["logs"] if "loss" in entry]
+    assert found["steps"] == expected.steps == len(logs) == STEPS
+    for ours, theirs in zip(logs, expected.logs, strict=True):
+        for metric in (
+            "loss",
+            *(key for key in theirs if key.partition("/")[0] in ("poft", "dpo", "pro", "sft", "deft")),
+        ):
+            if not metric.startswith(("poft/reference", "deft/level", "deft/label")):
+                assert ours[metric] == pytest.approx(theirs[metric], **BUDGET), metric
+    saved = weights(workplace / stage / name)
+    assert saved.keys() == expected.weights.keys()
+    for parameter, weight in expected.weights.items():
+        torch.testing.assert_close(saved[parameter], weight, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize(("stage", "name"), EVERY)
+def test_the_engine_is_real(stage: str, name: str, staged: Any) -> None:
+    """DeepSpeed's own engine at the stage that was asked for, its parts on both ranks, and one model in memory."""
+    found = staged(stage)[name]
+    assert found["models"] == 1
+    assert found["engine"] == ("DistributedDataParallel" if stage == "ddp" else "DeepSpeedEngine")
+    if stage == "ddp":
+        return
+    assert found["zero"] == int(stage[-1])
+    assert found["optimizer"] <= 0.51 * found["whole"] + 64
+    if stage == "zero3":
+        assert found["local"] == 0
+        assert found["stored"] <= 0.51 * found["whole"] + 64
