@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node=2 stage.py JOBS.json
 
-A job has a name, a config file and maybe overrides; the results go beside it, rank 0's as `JOBS.results.json`.
+A job has a name, a config file, and maybe a DeepSpeed config and a checkpoint to resume from; the results go beside it,
+rank 0's as `JOBS.results.json`.
 """
 
 import gc
@@ -29,7 +30,8 @@ def main(jobs: Path) -> None:
     results = {}
     for job in job_list:
         axolotl.utils.distributed.distributed_state = None
-        recording = hosting.train(Path(job["config"]), **({"deepspeed": job["deepspeed"]} if job["deepspeed"] else {}))
+        overrides = {name: job[name] for name in ("deepspeed", "resume_from_checkpoint") if job.get(name)}
+        recording = hosting.train(Path(job["config"]), **overrides)
         results[job["name"]] = _result(recording)
         if int(os.environ["RANK"]) == 0:
             jobs.with_suffix(".results.json").write_text(json.dumps(results))

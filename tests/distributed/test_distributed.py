@@ -137,25 +137,29 @@ def _torchrun(stage: str, names: list[str], models: SimpleNamespace, folder: Pat
          "config": str(config(folder, models, name, output_dir=str(folder / stage / name)))}
         for name in names
     ]  # fmt: skip
-    path = folder / f"{stage}.json"
+    return run_jobs(jobs, folder / f"{stage}.json")
+
+
+def run_jobs(jobs: list[dict[str, Any]], path: Path) -> dict[str, Any]:
+    """`stage.py` on two ranks; what it wrote down."""
     path.write_text(json.dumps(jobs))
-    environment = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parent}", "OMP_NUM_THREADS": "1"}
-    environment.pop("ACCELERATE_USE_CPU", None)
-    if deepspeed is None:
-        environment["ACCELERATE_USE_CPU"] = "true"
-    command = [
-        str(Path(sys.executable).parent / "torchrun"),
-        "--nproc_per_node=2",
-        "--standalone",
-        str(HERE / "stage.py"),
-        str(path),
-    ]
+    command = [str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node=2", "--standalone"]
+    command += [str(HERE / "stage.py"), str(path)]
+    environment = for_ranks() | ({} if jobs[0]["deepspeed"] else {"ACCELERATE_USE_CPU": "true"})
     done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=400
+        command, cwd=path.parent, env=environment, capture_output=True, text=True, check=False, timeout=400
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     found: dict[str, Any] = json.loads(path.with_suffix(".results.json").read_text())
     return found
+
+
+def for_ranks() -> dict[str, str]:
+    """The environment of ranks: with ACCELERATE_USE_CPU, DeepSpeed would silently be plain DDP."""
+    path = f"{HERE}{os.pathsep}{HERE.parent}"
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment.pop("ACCELERATE_USE_CPU", None)
+    return environment
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -201,3 +205,48 @@ def test_the_engine_is_real(stage: str, name: str, staged: Any) -> None:
     if stage == "zero3":
         assert found["local"] == 0
         assert found["stored"] <= 0.51 * found["whole"] + 64
+
+
+def test_a_resumed_zero3_run_ends_where_the_undisturbed_one_does(models: SimpleNamespace, workplace: Path) -> None:
+    """Checkpoint after the first of three steps; the next two repeat the undisturbed run's, weights included."""
+    out, again = workplace / "whole", workplace / "resumed"
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    deepspeed = str(HERE / "zero3.json")
+    checkpoint = str(out / "checkpoint-1")
+    paths = [str(config(workplace, models, "deft_dpo", output_dir=str(folder), **saving)) for folder in (out, again)]
+    jobs = [
+        {"name": "whole", "deepspeed": deepspeed, "config": paths[0]},
+        {"name": "resumed", "deepspeed": deepspeed, "config": paths[1], "resume_from_checkpoint": checkpoint},
+    ]
+    found = run_jobs(jobs, workplace / "resume.json")
+    whole, resumed = ([entry for entry in found[name]["logs"] if "loss" in entry] for name in ("whole", "resumed"))
+    assert [entry["step"] for entry in resumed] == [1, 2, 3]
+    assert not (again / "checkpoint-1").exists()  # the first step was not trained again
+    for ours, theirs in zip(resumed[1:], whole[1:], strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+    expected = weights(out)
+    for parameter, weight in weights(again).items():
+        torch.testing.assert_close(weight, expected[parameter], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("stage", "name"), [("zero1", "deft_pro packed"), ("zero2", "poft packed"), ("zero3", "deft_dpo packed")]
+)
+def test_axolotl_train_itself(stage: str, name: str, models: SimpleNamespace, workplace: Path, alone: Any) -> None:
+    """The command that users type, with the launcher and DeepSpeed config that they have."""
+    out = workplace / f"command {stage}"
+    plugins = ["cpu_deepspeed.CpuDeepSpeedPlugin", "poft_plugin.PoftPlugin", "noting.NotingPlugin"]
+    path = config(workplace, models, name, output_dir=str(out), plugins=plugins)
+    script = Path(sys.executable).parent
+    environment = for_ranks() | {"PATH": f"{script}{os.pathsep}{os.environ['PATH']}"}
+    command = [str(script / "axolotl"), "train", str(path), "--launcher", "torchrun"]
+    command += ["--deepspeed", str(HERE / f"{stage}.json"), "--", "--nproc_per_node=2", "--standalone"]
+    done = subprocess.run(
+        command, cwd=workplace, env=environment, capture_output=True, text=True, check=False, timeout=280
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    assert [(out / f"engine-{rank}.txt").read_text() for rank in (0, 1)] == [f"DeepSpeedEngine {stage[-1]}"] * 2
+    expected, saved = alone(name).weights, weights(out)
+    for parameter, weight in expected.items():
+        torch.testing.assert_close(saved[parameter], weight, rtol=1e-3, atol=2e-4)
