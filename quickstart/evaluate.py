@@ -1,6 +1,7 @@
 """What the trained models can do: exact match by greedy decoding, and mean log-probability of answers."""
 
 import math
+from typing import Any
 
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
@@ -11,12 +12,27 @@ from quickstart.task import Row, solve
 BATCH_SIZE = 250
 
 
-@torch.inference_mode()
 def answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> list[str]:
     """Greedy answers to the rows' prompts."""
+    return [text for (text,) in _generate(model, tokenizer, rows, do_sample=False)]
+
+
+def samples(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: list[Row], *, count: int, seed: int
+) -> list[list[str]]:
+    """`count` answers to each of the rows' prompts, drawn from the model's own distribution."""
+    torch.manual_seed(seed)
+    return _generate(model, tokenizer, rows, do_sample=True, top_k=0, num_return_sequences=count)
+
+
+@torch.inference_mode()
+def _generate(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: list[Row], **options: Any
+) -> list[list[str]]:
     prompts = [
         tokenizer.apply_chat_template(row.messages()[:-1], tokenize=False, add_generation_prompt=True) for row in rows
     ]
+    count = options.get("num_return_sequences", 1)
     found = []
     for start in range(0, len(rows), BATCH_SIZE):
         batch = tokenizer(
@@ -27,8 +43,9 @@ def answers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: l
             return_tensors="pt",
             return_token_type_ids=False,
         )
-        output = model.generate(**batch, max_new_tokens=16, do_sample=False)
-        found += tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        output = model.generate(**batch, max_new_tokens=16, **options)
+        texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        found += [texts[at : at + count] for at in range(0, len(texts), count)]
     return found
 
 

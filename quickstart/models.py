@@ -4,16 +4,24 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 from tokenizers import trainers as tokenizer_trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from quickstart.task import Row
 
 Encoded = tuple[list[int], list[int]]  # token ids and labels of one conversation
+Item = TypeVar("Item")
 
 IGNORED = -100  # the label that transformers leaves out of the loss
 
@@ -169,7 +177,14 @@ def collate(encoded: list[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
 def fit(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: list[Row], recipe: Recipe, seed: int
 ) -> None:
-    """Plain supervised training on the rows' answers, with AdamW and a cosine schedule."""
+    """Plain supervised training on the rows' answers."""
+    encoded = [encode(tokenizer, row) for row in rows]
+    collated = (collate(batch, tokenizer.pad_token_id) for batch in batches(encoded, recipe, seed))
+    optimise(model, (model(**batch).loss for batch in collated), recipe)
+
+
+def optimise(model: PreTrainedModel, losses: Iterator[torch.Tensor], recipe: Recipe) -> None:
+    """One step of AdamW per loss, with a cosine schedule; each loss is computed when the step before it is done."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.01, betas=(0.9, 0.98))
     warmup = int(recipe.warmup * recipe.steps)
     scheduler = torch.optim.lr_scheduler.SequentialLR(
@@ -181,8 +196,7 @@ def fit(
         [warmup],
     )
     model.train()
-    for batch in _batches([encode(tokenizer, row) for row in rows], tokenizer.pad_token_id, recipe, seed):
-        loss = model(**batch).loss
+    for loss in losses:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -191,17 +205,17 @@ def fit(
     model.eval()
 
 
-def _batches(encoded: list[Encoded], pad_id: int, recipe: Recipe, seed: int) -> Iterator[dict[str, torch.Tensor]]:
+def batches(encoded: list[Item], recipe: Recipe, seed: int) -> Iterator[list[Item]]:
     """`recipe.steps` shuffled batches, passing over the data as often as needed."""
     rng = random.Random(seed)
-    order: list[Encoded] = []
+    order: list[Item] = []
     for _ in range(recipe.steps):
         if len(order) < recipe.batch_size:
             order = rng.sample(encoded, len(encoded))
-        yield collate([order.pop() for _ in range(recipe.batch_size)], pad_id)
+        yield [order.pop() for _ in range(recipe.batch_size)]
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write model and tokenizer as any other checkpoint folder."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""What came out: a table, `results.json` and `report.png`."""
+"""What came out: two tables, `results.json` and `report.png`."""
 
 import json
 from collections import defaultdict
@@ -8,16 +8,14 @@ from typing import Any
 
 import pyarrow.parquet as pq
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
+from quickstart.stage import console
 from quickstart.task import SPOILED, Row
 
 RESULTS = "results.json"
 PICTURE = "report.png"
 COLOURS = {"clean": "tab:blue", "spoiled": "tab:red"}
-
-console = Console()
 
 
 def preference_scores(path: Path, rows: list[Row]) -> list[float]:
@@ -32,10 +30,11 @@ def preference_scores(path: Path, rows: list[Row]) -> list[float]:
 
 
 def publish(results: dict[str, Any], rows: list[Row], folder: Path) -> None:
-    """Prints the table and writes both files.
+    """Prints the tables and writes both files.
 
     Args:
-        results: `exact_match` and `seconds` by name; `preference_score` and `tau` of every row.
+        results: `exact_match` and `seconds` by name; `preference_score` and `tau` of every row; `preferences`, as
+            `preference_table` has it.
         rows: the training rows.
         folder: where the files go.
     """
@@ -46,9 +45,11 @@ def publish(results: dict[str, Any], rows: list[Row], folder: Path) -> None:
     }
     summary = {"exact_match": results["exact_match"], **means, "seconds": results["seconds"]}
     summary["training_rows"] = {kind: len(values) for kind, values in groups["tau"].items()}
+    summary["preferences"] = results["preferences"]
     (folder / RESULTS).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     _draw(groups, folder / PICTURE)
     console.print(_table(summary))
+    console.print(preference_table(summary["preferences"]))
     console.print(f"{folder / RESULTS}\n{folder / PICTURE}", soft_wrap=True, highlight=False)
 
 
@@ -76,6 +77,48 @@ def _table(summary: dict[str, Any]) -> Table:
         f"All of it took {seconds['total']:.0f} seconds."
     )
     return table
+
+
+def preference_table(found: dict[str, Any]) -> Table:
+    """DPO and DEFT-DPO side by side, next to the model that both begin with.
+
+    Args:
+        found: `quality` and `training` by name of the run; `pairs`, how many of each kind by level;
+            `reward_model_accuracy`, the share of held-out pairs of a right and a spoiled answer in the right order.
+    """
+    quality, training = found["quality"], found["training"]
+    table = Table(title="DPO and DEFT-DPO on the same preference pairs")
+    for column in ("", "SFT (start)", "DPO", "DEFT-DPO"):
+        table.add_column(column, justify="left" if not column else "right")
+    for text, key, form in (
+        ("rows trained on", "rows", ",d"),
+        ("optimizer steps", "steps", ",d"),
+        ("seconds of axolotl train, all included", "seconds", ".0f"),
+        ("seconds of its training loop", "loop_seconds", ".1f"),
+    ):
+        table.add_row(text, "", *(f"{training[name][key]:{form}}" for name in ("dpo", "deft_dpo")))
+    for text, key in (
+        ("mean reward of held-out answers, r_eval", "reward_eval"),
+        ("the same by r_train, which graded the rows", "reward_train"),
+        ("held-out exact match", "exact_match"),
+    ):
+        table.add_row(text, *(f"{quality[name][key]:.3f}" for name in ("sft", "dpo", "deft_dpo")))
+    accuracy = found["reward_model_accuracy"]
+    table.caption = (
+        f"Chosen answers of all pairs: {_kinds(_total(found['pairs']))}; of level A: {_kinds(found['pairs']['A'])}. "
+        f"r_train and r_eval put {accuracy['reward_train']:.3f} and {accuracy['reward_eval']:.3f} of held-out right "
+        "answers above spoiled ones."
+    )
+    return table
+
+
+def _kinds(count: dict[str, int]) -> str:
+    """How many pairs of each kind, in words."""
+    return ", ".join(f"{number:,} {kind}" for kind, number in count.items())
+
+
+def _total(levels: dict[str, dict[str, int]]) -> dict[str, int]:
+    return {kind: sum(count[kind] for count in levels.values()) for kind in levels["A"]}
 
 
 def _draw(groups: dict[str, dict[str, list[float]]], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The quickstart: everything is built from nothing, trained with SFT and with PoFT, and compared on held-out rows.
+"""The quickstart: everything is built from nothing; SFT against PoFT, then DPO against DEFT-DPO, on held-out rows.
 
     python -m quickstart.run
 
@@ -6,15 +6,9 @@ from the project root, in an environment with Axolotl and this plugin. It needs 
 """
 
 import multiprocessing
-import os
 import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,76 +16,43 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from quickstart import STARTED, evaluate, models, report, task
+from quickstart import STARTED, deft, evaluate, models, report, task
+from quickstart.stage import ROOT, SEED, SIZES, WORK, Clock, axolotl, check_axolotl
 
-ROOT = Path(__file__).resolve().parents[1]
-WORK = ROOT / "quickstart" / "work"
 POFT_CONFIG = ROOT / "example_configs" / "poft-quickstart.yml"
 SFT_CONFIG = WORK / "sft.yml"
-AXOLOTL = Path(sys.executable).parent / "axolotl"
 
-SEED = 7
-SIZES = {"heldout": 1000, "train": 2000, "reference": 12000}
 SPOILED_SHARE = 0.3
 SHAPE = models.Shape(hidden=128, layers=3, heads=4)
 # The references see more rows than the policy, all of them clean: they have to know a right answer when they see one.
 REFERENCE_RECIPE = models.Recipe(steps=600, batch_size=64, learning_rate=3e-3)
 REFERENCES = {"reference_a": models.REFERENCE_A, "reference_b": models.REFERENCE_B}
 
-# Axolotl on a CPU: no telemetry, no hub, and no GPU even where there is one, so that the run is the same everywhere.
-ENVIRONMENT = {
-    "ACCELERATE_USE_CPU": "true",
-    "AXOLOTL_DO_NOT_TRACK": "1",
-    "CUDA_VISIBLE_DEVICES": "",
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
-
-
-class Clock:
-    """Says what is going on, and remembers how long it took."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def step(self, name: str, text: str) -> Iterator[None]:
-        """Announces a step, and its seconds when it is done."""
-        start = time.perf_counter()
-        with report.console.status(f"{text} ..."):
-            yield
-        self.seconds[name] = round(time.perf_counter() - start, 1)
-        report.console.print(f"{text}: {self.seconds[name]:.1f} s")
-
 
 def main() -> None:
     """Runs all steps in order."""
     clock = Clock()
     disable_progress_bar()
-    _check_axolotl()
+    check_axolotl()
     _clear()
-    with clock.step("build", "1/7 data, tokenizers and base model, from nothing"):
+    with clock.step("build", "1/12 data, tokenizers and base model, from nothing"):
         rows = _build()
-    with clock.step("references", "2/7 two references, trained on clean rows, each on one core"):
+    with clock.step("references", "2/12 two references, trained on clean rows, each on one core"):
         trained_on_clean = _train_references(rows)
-    with clock.step("score", "3/7 axolotl poft score: both references, every row"):
-        _axolotl("score", "poft", "score", str(POFT_CONFIG))
-    with clock.step("export", "4/7 axolotl poft export: the scores, for the report"):
-        _axolotl("export", "poft", "export", str(POFT_CONFIG), "--rows", "--out", str(WORK / "scores.parquet"))
-    with clock.step("sft", "5/7 axolotl train: SFT"):
-        _axolotl("sft", "train", str(SFT_CONFIG), "--launcher", "python")
-    with clock.step("poft", "6/7 axolotl train: PoFT, same rows, same epochs"):
-        _axolotl("poft", "train", str(POFT_CONFIG), "--launcher", "python")
-    with clock.step("evaluate", "7/7 held-out answers, and tau of every training row"):
+    with clock.step("score", "3/12 axolotl poft score: both references, every row"):
+        axolotl("score", "poft", "score", str(POFT_CONFIG))
+    with clock.step("export", "4/12 axolotl poft export: the scores, for the report"):
+        axolotl("export", "poft", "export", str(POFT_CONFIG), "--rows", "--out", str(WORK / "scores.parquet"))
+    with clock.step("sft", "5/12 axolotl train: SFT"):
+        axolotl("sft", "train", str(SFT_CONFIG), "--launcher", "python")
+    with clock.step("poft", "6/12 axolotl train: PoFT, same rows, same epochs"):
+        axolotl("poft", "train", str(POFT_CONFIG), "--launcher", "python")
+    with clock.step("evaluate", "7/12 held-out answers, and tau of every training row"):
         results = _measure(rows)
     results["exact_match"] |= trained_on_clean
+    results["preferences"] = deft.compare(rows, clock, first=8, of=12)
     results["seconds"] = clock.seconds | {"total": round(time.perf_counter() - STARTED, 1)}
     report.publish(results, rows["train"], ROOT / "quickstart")
-
-
-def _check_axolotl() -> None:
-    if not AXOLOTL.exists():
-        raise SystemExit(f"{AXOLOTL} is not there: run `make quickstart`, or install axolotl and this plugin")
 
 
 def _clear() -> None:
@@ -139,17 +100,6 @@ def _train_reference(name: str, rows: dict[str, list[task.Row]]) -> float:
     models.fit(model, tokenizer, rows["reference"], REFERENCE_RECIPE, SEED)
     models.save(model, tokenizer, WORK / name)
     return evaluate.exact_match(model, tokenizer, rows["heldout"])
-
-
-def _axolotl(log_name: str, *arguments: str) -> None:
-    """Runs `axolotl` in a process of its own; its output goes to a log file, whose end is shown if it fails."""
-    log = WORK / f"{log_name}.log"
-    command, environment = [AXOLOTL, *arguments], os.environ | ENVIRONMENT
-    with log.open("wb") as out:
-        done = subprocess.run(command, check=False, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
-    if done.returncode:
-        tail = log.read_text(encoding="utf-8", errors="replace")[-4000:]
-        raise SystemExit(f"{tail}\n\naxolotl {' '.join(arguments)} ended with {done.returncode}; all of it: {log}")
 
 
 def _measure(rows: dict[str, list[task.Row]]) -> dict[str, Any]:

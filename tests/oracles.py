@@ -214,6 +214,11 @@ def counted_by_bytes(tokens: Iterable[bytes], text: str, spans: Iterable[tuple[i
     return counted
 
 
+def grade_score(scores: Sequence[float]) -> float:
+    """Section 3.1: the highest score of a sample, "the score of the positive response when l = 2"; best first."""
+    return scores[0] if len(scores) == 2 else max(scores)
+
+
 def deft_levels(scores: Sequence[float], keys: Sequence[str], top_percent: float, bottom_percent: float) -> list[str]:
     """DEFT's section 3.1 with counts rounded up: the level of each sample, worst ranks first taken from what A left."""
     ranking = sorted(zip([-score for score in scores], keys, range(len(scores)), strict=True))

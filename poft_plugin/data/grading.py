@@ -28,7 +28,8 @@ def grade_levels(
     `min(ceil(bottom_percent * n / 100), n - |A|)` are level C, the rest is B.
 
     Args:
-        scores: `(n,)`, the reward model's unit: the highest score of each sample's responses.
+        scores: `(n,)`, the reward model's unit: each sample's grade score, the highest of its responses (of a pair, the
+            positive one's).
         top_percent: the paper's `a`, percent of n; above 0 and at most 100. Its value is 3.73.
         bottom_percent: the paper's `c`, percent of n; 0 to 100. Its value is 12.5.
         keys: n row keys, by which ties are broken, in ascending order; without them ties go by position.

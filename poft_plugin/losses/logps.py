@@ -12,13 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, log_softmax, softmax
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear, log_softmax
 
 IGNORED = -100
 """Label of a token that does not count, as everywhere in transformers."""
 
 CHUNK_TOKENS = 128
-"""Tokens whose logits exist at one time. 128 x 128,256 logits in float32 are 63 MiB."""
+"""Tokens whose logits exist at one time, at least. 128 x 128,256 logits in float32 are 63 MiB."""
+
+CHUNK_LOGITS = 2**23
+"""A small head takes more tokens at a time, up to so many logits: 32 MiB in float32."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ def token_logps(
     bias: Tensor | None = None,
     *,
     transform: LogitTransform = IDENTITY,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
 ) -> Tensor:
     r"""`log softmax(transform(hidden @ weight.T + bias))[targets]`, never more than `chunk_tokens` rows of logits.
 
@@ -75,7 +79,8 @@ def token_logps(
         targets: `(N,)`, integer token ids in `[0, V)`.
         bias: `(V,)` or None.
         transform: what the model does to its logits after the head.
-        chunk_tokens: tokens per chunk; it changes memory, not the result.
+        chunk_tokens: tokens per chunk; it changes memory, not the result. By default 128, with a small head as many as
+            have `CHUNK_LOGITS` logits.
 
     Returns:
         `(N,)` in float32 (float64 for float64 inputs), nats.
@@ -96,6 +101,8 @@ def token_logps(
             f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}: "
             "expected (N, D), (V, D), (N,)"
         )
+    if chunk_tokens is None:
+        chunk_tokens = max(CHUNK_TOKENS, CHUNK_LOGITS // max(1, len(weight)))
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens: {chunk_tokens}; at least 1")
     dtype = _compute_dtype(hidden)
@@ -177,9 +184,38 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-def _chunk_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
-    logits = linear(hidden, weight, bias)
-    return transform.apply(logits if logits.dtype == torch.float64 else logits.float())
+def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    if bias is None:
+        return torch.mm(hidden, weight.t(), out=out)
+    return torch.addmm(bias, hidden, weight.t(), out=out)
+
+
+class _Logits:
+    """The head's logits, a chunk of rows after the other in one buffer, and a second buffer for what is made of them.
+
+    Fresh memory for every chunk costs more than the soft-max: the system clears it page by page. A chunk's tensors are
+    gone with the next.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, transform: LogitTransform, *, dtype: torch.dtype, rows: int
+    ):
+        self.weight, self.bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        self._transform, self._dtype = transform, dtype
+        shape, sum_dtype = (rows, len(weight)), torch.float64 if dtype == torch.float64 else torch.float32
+        self._logits = weight.new_empty(shape, dtype=sum_dtype)
+        self._results = weight.new_empty(shape, dtype=sum_dtype)
+        # products of half the size lie where the results will be, until they are copied
+        halves = self._results.flatten().view(dtype)[: self._results.numel()].view(shape)
+        self._products = self._logits if dtype == sum_dtype else halves
+
+    def of(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Transformed logits of rows `(n, D)`, and a buffer of their shape."""
+        logits, results = self._logits[: len(hidden)], self._results[: len(hidden)]
+        products = _project(hidden.to(self._dtype), self.weight, self.bias, self._products[: len(hidden)])
+        if self._products is not self._logits:
+            logits.copy_(products)
+        return self._transform.apply(logits), results
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -199,16 +235,18 @@ class _TokenLogps(torch.autograd.Function):
         out_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         logps = hidden.new_empty(len(hidden), dtype=out_dtype)
         with torch.autocast(hidden.device.type, enabled=False):
-            cast_weight, cast_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+            head = _Logits(weight, bias, transform, dtype=dtype, rows=min(chunk_tokens, len(hidden)))
             for start in range(0, len(hidden), chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
-                logits = _chunk_logits(hidden[rows].to(dtype), cast_weight, cast_bias, transform)
-                logps[rows] = log_softmax(logits, -1).gather(-1, targets[rows, None]).squeeze(-1)
+                logits, normalised = head.of(hidden[rows])
+                torch.log_softmax(logits, -1, out=normalised)
+                logps[rows] = normalised.gather(-1, targets[rows, None]).squeeze(-1)
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.transform, ctx.chunk_tokens, ctx.dtype = transform, chunk_tokens, dtype
         return logps
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets = ctx.saved_tensors
         transform, step, dtype = ctx.transform, ctx.chunk_tokens, ctx.dtype
@@ -218,19 +256,19 @@ class _TokenLogps(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if needs_weight else None
         grad_bias = torch.zeros_like(bias, dtype=sum_dtype) if needs_bias else None
         with torch.autocast(hidden.device.type, enabled=False):
-            cast_weight, cast_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+            head = _Logits(weight, bias, transform, dtype=dtype, rows=min(step, len(hidden)))
             for start in range(0, len(hidden), step):
                 rows = slice(start, start + step)
                 chunk = hidden[rows].to(dtype)
-                logits = _chunk_logits(chunk, cast_weight, cast_bias, transform)
-                grad = softmax(logits, -1).neg_()
+                logits, grad = head.of(chunk)
+                torch.softmax(logits, -1, out=grad).neg_()
                 grad.scatter_add_(-1, targets[rows, None], torch.ones_like(grad[:, :1]))
                 grad *= grad_outputs[0][rows, None]
                 grad = transform.backward(logits, grad)
                 if grad_bias is not None:
                     grad_bias += grad.sum(0)
                 if grad_hidden is not None:
-                    grad_hidden[rows] = (grad.to(dtype) @ cast_weight).to(hidden.dtype)
+                    grad_hidden[rows] = (grad.to(dtype) @ head.weight).to(hidden.dtype)
                 if grad_weight is not None:
                     _add_outer(grad_weight, grad, chunk)
         return (

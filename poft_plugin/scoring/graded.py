@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from poft_plugin.data.columns import LEVEL, ORDER, SCORES, SOURCE
+from poft_plugin.data.columns import LEVEL, ORDER, RANKS, SCORES, SOURCE
 from poft_plugin.data.preparation import Rows
-from poft_plugin.data.ranked import RankedSample
+from poft_plugin.data.ranked import RankedSample, dense_ranks
 from poft_plugin.data.rows import dump_conversation, row_key
 from poft_plugin.scoring.cache import atomic_file
 from poft_plugin.scoring.exchange import METADATA
@@ -57,12 +57,13 @@ def export_graded(
 def write_graded_rows(path: Path, rows: Rows, levels: Sequence[str]) -> int:
     """Writes the rows as JSON lines that the same methods read again.
 
-    A pair has `messages`, `chosen`, `rejected`, a longer list `messages` and `responses`, best first; both have
-    `scores` (`reward_scores` where a list is in another order), `level` and `source`.
+    Where all rows are pairs, they have `messages`, `chosen` and `rejected`; otherwise all have `messages` and
+    `responses`, best first: one file is of one dataset type. Both have `scores` (`reward_scores` where the responses of
+    a list are in another order), `level` and `source`.
 
     Args:
         path: the file to write, atomically.
-        rows: training rows with `scores` and `level` attached.
+        rows: training rows with `scores`, `ranks` and `level` attached.
         levels: letters of the rows to write; none means all.
 
     Returns:
@@ -70,9 +71,10 @@ def write_graded_rows(path: Path, rows: Rows, levels: Sequence[str]) -> int:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     chosen = _chosen(rows, levels)
+    pairs = all(len(rows.attached[SCORES][index]) == 2 for index in chosen)
     with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for index in chosen:
-            file.write(json.dumps(_as_row(rows, index), ensure_ascii=False) + "\n")
+            file.write(json.dumps(_as_row(rows, index, pair=pairs), ensure_ascii=False) + "\n")
     return len(chosen)
 
 
@@ -86,21 +88,21 @@ def _responses(rows: Rows, index: int) -> Iterator[tuple[Any, ...]]:
         yield row_key(conversation), score, None, *where, dump_conversation(conversation)
 
 
-def _as_row(rows: Rows, index: int) -> dict[str, Any]:
+def _as_row(rows: Rows, index: int, *, pair: bool) -> dict[str, Any]:
     sample = rows.sample(index)
     positions = _positions(rows, index, sample)
     responses = [sample.responses[position] for position in positions]
     row: dict[str, Any] = {"messages": [{"role": turn.role, "content": turn.content} for turn in sample.prompt]}
-    if len(responses) == 2:
+    if pair:
         answers = [{"role": "assistant", "content": text} for text in responses]
         row |= dict(zip(("chosen", "rejected"), answers, strict=True))
     else:
         row["responses"] = responses
     scores = [rows.attached[SCORES][index][position] for position in positions]
-    # a list is sorted by `scores` when it is read: scores that did not make its order are called otherwise
-    made_the_order = ORDER in rows.attached or sample.scores == tuple(scores) or len(scores) == 2
+    ranks = tuple(rows.attached[RANKS][index][position] for position in positions)
+    # a list is sorted by `scores` when it is read: scores that would change its ranks are called otherwise
     return row | {
-        "scores" if made_the_order else "reward_scores": scores,
+        "scores" if pair or dense_ranks(scores) == ranks else "reward_scores": scores,
         "level": str(rows.attached[LEVEL][index]),
         "source": rows.table[SOURCE][index].as_py(),
     }

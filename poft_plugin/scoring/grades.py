@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +45,7 @@ def grades(rows: Rows, settings: BaseModel, run: RunContext) -> Prepared:
     if not settings.grades:
         return Prepared({})
     scores = in_order(rows.attached[SCORES], rows.attached.get(ORDER))
-    best = np.array([max(row) for row in scores])
+    best = np.array([grade_score(row) for row in scores])
     groups = rows.groups(settings.grade_within) if settings.grade_within != "none" else np.full(len(rows), "all")
     levels = grade_within(
         best,
@@ -62,6 +62,19 @@ def grades(rows: Rows, settings: BaseModel, run: RunContext) -> Prepared:
         if run.output_dir is not None:
             _save(run.output_dir, summary, tensors)
     return Prepared({LEVEL: levels}, statistics=summary.statistics(), tensors=tensors)
+
+
+def grade_score(scores: Sequence[float]) -> float:
+    """A sample's grade score: the highest of its responses; of a pair the positive one's, as in the paper (3.1).
+
+    Args:
+        scores: of the sample's responses, best first by the run's order.
+
+    Examples:
+        >>> grade_score([0.2, 0.9]), grade_score([0.2, 0.9, 0.1])
+        (0.2, 0.9)
+    """
+    return scores[0] if len(scores) == 2 else max(scores)
 
 
 def load_discrepancy(output_dir: Path) -> np.ndarray:

@@ -34,7 +34,9 @@ def response_scores(rows: Rows, settings: BaseModel, run: RunContext) -> Prepare
     """
     assert isinstance(settings, RankingConfig)
     samples = [rows.sample(index) for index in range(len(rows))]
-    if not needs_scores(settings):
+    # evaluation grades nothing: there, scores that do not make the order are not asked for
+    needed = _order_needs_scores(settings) if run.purpose == "evaluate" else needs_scores(settings)
+    if not needed:
         return Prepared({RANKS: ragged([list(sample.ranks) for sample in samples])})
     if settings.reward_model is None:
         scores = _scores_of_the_data(samples, rows)
@@ -49,8 +51,7 @@ def response_scores(rows: Rows, settings: BaseModel, run: RunContext) -> Prepare
 
 def needs_scores(settings: RankingConfig) -> bool:
     """Whether anything depends on scores: the order, the temperature, levels, or the distribution reward."""
-    ranking = settings.rank_by == "reward" or settings.pro_temperature == "reward"
-    return ranking or (isinstance(settings, DeftConfig) and settings.grades)
+    return _order_needs_scores(settings) or (isinstance(settings, DeftConfig) and settings.grades)
 
 
 def check_ranking(settings: BaseModel) -> None:
@@ -126,6 +127,10 @@ def response_rows(samples: Sequence[RankedSample], rows: Rows) -> tuple[Rows, li
 def scoring_settings(settings: RankingConfig) -> DeftConfig:
     """The scoring keys of the block; plain `pro` and `rrhf` have their defaults."""
     return settings if isinstance(settings, DeftConfig) else DeftConfig.model_validate({})
+
+
+def _order_needs_scores(settings: RankingConfig) -> bool:
+    return settings.rank_by == "reward" or settings.pro_temperature == "reward"
 
 
 def _open_if_needed(settings: RankingConfig) -> None:

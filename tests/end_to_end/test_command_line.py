@@ -83,22 +83,65 @@ def test_preprocess_then_nothing_is_left_to_score(models: SimpleNamespace, tmp_p
     assert again.count("12 rows cached, 0 to score") == 2
 
 
-def test_third_party_method(models: SimpleNamespace, tmp_path: Path) -> None:
-    """A package that is installed brings `rl: toy`, its loss, its preprocessor and its filter."""
-    site, source = tmp_path / "site", shutil.copytree(THIRD_PARTY, tmp_path / "toy")
+@pytest.fixture(scope="module")
+def third_party(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the package of somebody else is installed."""
+    folder = tmp_path_factory.mktemp("third_party")
+    site, source = folder / "site", shutil.copytree(THIRD_PARTY, folder / "toy")
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", str(site),
          str(source)], check=True,
     )  # fmt: skip
-    config(tmp_path, models, rl="toy", poft=None, toy={"strength": 3.0}, num_epochs=2,
+    return site
+
+
+def logged(output: str, name: str) -> list[float]:
+    """A number in each line that the host logged."""
+    return [float(value) for value in re.findall(rf"'{name}': '?([-+.\de]+)", output)]
+
+
+def test_third_party_method(models: SimpleNamespace, tmp_path: Path, third_party: Path) -> None:
+    """A package that is installed brings `rl: toy_rows`, its loss, its preprocessor and its filter."""
+    config(tmp_path, models, rl="toy_rows", poft=None, toy={"strength": 3.0}, dataset_num_proc=0,
            row_filters=[{"name": "short_rows", "max_words": 8}])  # fmt: skip
     output = axolotl(
-        tmp_path, "train", "config.yml", "--launcher", "python", PYTHONPATH=str(site), AXOLOTL_LOG_LEVEL="INFO"
+        tmp_path,
+        "train",
+        "config.yml",
+        "--launcher",
+        "python",
+        PYTHONPATH=str(third_party),
+        AXOLOTL_LOG_LEVEL="INFO",
+        AXOLOTL_DATASET_NUM_PROC="0",
     )
-    assert "'toy/bonus'" in output
-    kept = sum(len(row["messages"][1]["content"].split()) <= 8 for row in tiny.chat_rows(12, seed=4))
-    assert 0 < kept < 12
-    assert f"{12 - kept} of 12 rows left out by the filter short_rows" in output
+    words = [len(row["messages"][1]["content"].split()) for row in tiny.chat_rows(12, seed=4)]
+    kept = [count for count in words if count <= 8]
+    assert 0 < len(kept) < 12
+    assert sorted(logged(output, "toy/bonus")) == pytest.approx(sorted(1 / count for count in kept), rel=1e-3)
+    assert f"{12 - len(kept)} of 12 rows left out by the filter short_rows" in output
+
+
+def test_third_party_preferences_inside_deft(models: SimpleNamespace, tmp_path: Path, third_party: Path) -> None:
+    """Its preference method `toy` has a form inside DEFT, which reads both blocks: levels, and its own strength."""
+    rows = tiny.pair_rows(12, seed=4)
+    tiny.write_jsonl(tmp_path / "data.jsonl", rows)
+    entry = {"path": "./data.jsonl", "ds_type": "json", "type": "chat_template.default"}
+    config(tmp_path, models, rl="deft_toy", poft=None, toy={"strength": 3.0}, datasets=[entry], dataset_num_proc=0,
+           deft={"top_percent": 50, "omega": 0.5, "score_cache": "./scores"})  # fmt: skip
+    output = axolotl(
+        tmp_path,
+        "train",
+        "config.yml",
+        "--launcher",
+        "python",
+        PYTHONPATH=str(third_party),
+        AXOLOTL_DATASET_NUM_PROC="0",
+    )
+    best = sorted(rows, key=lambda row: -row["scores"][0])[:6]
+    expected = [3.0 / len(row["chosen"]["content"].split()) for row in best]
+    assert sorted(logged(output, "toy/bonus")) == pytest.approx(sorted(expected), rel=1e-3)
+    assert len(logged(output, "deft/distribution_reward")) == 6
+    assert (tmp_path / "out" / "discrepancy.safetensors").exists()
 
 
 @pytest.mark.usefixtures("preprocessing")

@@ -28,7 +28,7 @@ from poft_plugin.hosts.axolotl.ranked_datasets import (
     short_enough,
 )
 from poft_plugin.hosts.axolotl.run import MethodRun
-from poft_plugin.plugins import load_object, registry
+from poft_plugin.plugins import registry
 
 LOG = get_logger("axolotl.poft_plugin")  # the host shows messages of its own namespace only
 
@@ -88,8 +88,7 @@ def prepare(
         ValueError: for anything that cannot be scored or trained on.
     """
     check_packing(cfg)
-    if run.method.check is not None:
-        load_object(run.method.check)(run.settings)
+    run.check()
     if run.method.needs_start_policy and cfg.lora_model_dir:
         raise ValueError(
             f"lora_model_dir: {cfg.lora_model_dir!r}: `rl: {run.method.name}` would begin with base model and adapter, "
@@ -141,13 +140,13 @@ def run_context(cfg: DictDefault, purpose: Purpose) -> RunContext:
 
 def _run_preprocessors(run: MethodRun, unique: Rows, context: RunContext) -> Prepared:
     names = run.method.preprocessors
-    return _merged([registry().preprocessors[name](unique, run.settings, context) for name in names])
+    return _merged([registry().preprocessors[name](unique, run.settings_for(name), context) for name in names])
 
 
 def _run_training_preprocessors(run: MethodRun, train: HostRows, context: RunContext) -> tuple[HostRows, Prepared]:
     """Those that see the training rows as they are: their columns need no join."""
     names = run.method.training_preprocessors
-    prepared = _merged([registry().preprocessors[name](train.rows, run.settings, context) for name in names])
+    prepared = _merged([registry().preprocessors[name](train.rows, run.settings_for(name), context) for name in names])
     attached = {**train.rows.attached, **prepared.columns}
     return HostRows(train.dataset, Rows(train.rows.table, attached)), prepared
 

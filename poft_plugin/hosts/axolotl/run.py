@@ -14,6 +14,9 @@ from poft_plugin.methods import Method
 from poft_plugin.plugins import load_object, registry
 from poft_plugin.trainers.step import Step, StepSetup
 
+READ_DEFT = ("response_scores", "reference_sum_logps", "grades")
+"""Preprocessors that read the block `deft:`, whichever method names them."""
+
 
 @dataclass(frozen=True)
 class MethodRun:
@@ -32,6 +35,20 @@ class MethodRun:
     filters: tuple[tuple[str, dict[str, Any]], ...]
     keys: BaseModel | None = None
     base_settings: BaseModel | None = None
+
+    def settings_for(self, preprocessor: str) -> BaseModel:
+        """The block that a preprocessor reads: a method's own one, also where another method wraps it."""
+        return self.settings if self.base_settings is None or preprocessor in READ_DEFT else self.base_settings
+
+    def check(self) -> None:
+        """Refuses settings that cannot work, before any data is read: of the method, and of the one that it wraps.
+
+        Raises:
+            ValueError: as the methods' own checks.
+        """
+        for method, settings in ((self.method, self.settings), (self.method.base, self.base_settings)):
+            if method is not None and method.check is not None and settings is not None:
+                load_object(method.check)(settings)
 
     def step(self) -> Step:
         """The method's step object."""

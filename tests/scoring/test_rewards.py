@@ -1,0 +1,158 @@
+"""Scores of responses: whose they are, when they are asked for, and the order that follows."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+
+from poft_plugin.config import DeftConfig, RankingConfig
+from poft_plugin.data.columns import ORDER, RANKS, SCORES
+from poft_plugin.data.preparation import Rows, RunContext
+from poft_plugin.data.ranked import RankedSample, ranked_list
+from poft_plugin.data.rows import Turn, load_conversation
+from poft_plugin.scoring.reward_model import RewardModelScorer
+from poft_plugin.scoring.rewards import check_deft, check_ranking, needs_scores, response_rows, response_scores
+from scoring.ranked_support import plain_score, ranked
+
+TRAIN = RunContext("train")
+EVALUATE = RunContext("evaluate")
+PROMPT = (Turn("user", "alpha?"),)
+
+
+def sample(*scores: float, prompt: str = "alpha?") -> RankedSample:
+    """Responses `one`, `two`, ... in the order of the data, whatever their scores."""
+    texts = tuple("one two three four five".split()[: len(scores)])
+    return RankedSample((Turn("user", prompt),), texts, tuple(range(len(scores))), tuple(scores))
+
+
+SAMPLES = [sample(0.5, 0.75), sample(-1.0, 2.0, prompt="beta?"), sample(0.25, 1.0, 0.25, 1.0)]
+DEFT = DeftConfig(top_percent=50)
+
+
+def lists(values: Any) -> list[list[float]]:
+    return [list(row) for row in values]
+
+
+@pytest.fixture(scope="module")
+def grader(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.reward_model(tmp_path_factory.mktemp("grader"))
+
+
+def by_model(grader: Path, cache: Path, **settings: Any) -> DeftConfig:
+    return DeftConfig.model_validate({"reward_model": {"model": str(grader)}, "score_cache": str(cache), **settings})
+
+
+def test_scores_of_the_data_in_the_order_of_the_labels() -> None:
+    prepared = response_scores(ranked(SAMPLES), DEFT, TRAIN)
+    assert prepared.columns.keys() == {SCORES, RANKS}
+    assert lists(prepared.columns[SCORES]) == [list(s.scores or ()) for s in SAMPLES]
+    assert lists(prepared.columns[RANKS]) == [[0, 1], [0, 1], [0, 1, 2, 3]]
+
+
+def test_scores_may_make_the_order() -> None:
+    """Highest first, equal ones in the order of the data and of one rank; columns stay in the order of the data."""
+    prepared = response_scores(ranked(SAMPLES), DeftConfig(rank_by="reward"), TRAIN)
+    assert lists(prepared.columns[ORDER]) == [[1, 0], [1, 0], [1, 3, 0, 2]]
+    assert lists(prepared.columns[RANKS]) == [[1, 0], [1, 0], [1, 0, 1, 0]]
+    assert lists(prepared.columns[SCORES]) == [list(s.scores or ()) for s in SAMPLES]
+
+
+@pytest.mark.parametrize(
+    ("settings", "asked", "asked_in_evaluation"),
+    [
+        (RankingConfig(), False, False),
+        (RankingConfig(rank_by="reward"), True, True),
+        (RankingConfig(pro_temperature="reward"), True, True),
+        (DeftConfig(), True, False),
+        (DeftConfig(omega=0), True, False),
+        (DeftConfig(train_on="all", omega=0.5), True, False),
+        (DeftConfig(train_on="all", omega=0), False, False),
+        (DeftConfig(train_on="all", omega=0, rank_by="reward"), True, True),
+        (DeftConfig(pro_temperature="reward"), True, True),
+    ],
+)
+def test_when_scores_are_asked_for(settings: RankingConfig, asked: bool, asked_in_evaluation: bool) -> None:
+    assert needs_scores(settings) is asked
+    for run, expected in ((TRAIN, asked), (EVALUATE, asked_in_evaluation)):
+        assert (SCORES in response_scores(ranked(SAMPLES), settings, run).columns) is expected
+    bare = ranked([*SAMPLES, RankedSample(PROMPT, ("b", "a"), (0, 1))])
+    if asked:
+        with pytest.raises(ValueError, match=r"data\.jsonl row 3 \(key .*no scores in the row \(1 such rows\)"):
+            response_scores(bare, settings, TRAIN)
+
+
+def test_a_model_scores_each_response_once(
+    grader: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its scores replace the data's; a response after the same prompt is one row, wherever it comes."""
+    shared = RankedSample(PROMPT, ("two", "six"), (0, 1))
+    rows = ranked([*SAMPLES, shared])
+    prepared = response_scores(rows, by_model(grader, tmp_path), TRAIN)
+    assert "reward model grader0: 0 rows cached, 7 to score" in capsys.readouterr().out.replace(grader.name, "grader0")
+    for index, scores in enumerate(lists(prepared.columns[SCORES])):
+        found = rows.sample(index)
+        expected = [plain_score(grader, found.conversation(number)) for number in range(len(found.responses))]
+        assert scores == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert prepared.columns[SCORES][3][0] == prepared.columns[SCORES][0][1]
+    monkeypatch.setattr(RewardModelScorer, "load", lambda *_: pytest.fail("it was loaded"))
+    again = response_scores(rows, by_model(grader, tmp_path, rank_by="reward"), TRAIN)
+    assert lists(again.columns[SCORES]) == lists(prepared.columns[SCORES])
+    for order, scores in zip(again.columns[ORDER], again.columns[SCORES], strict=True):
+        assert [scores[position] for position in order] == sorted(scores, reverse=True)
+
+
+def test_missing_scores(grader: Path, tmp_path: Path) -> None:
+    settings = by_model(grader, tmp_path, rank_by="reward", missing_scores="error")
+    with pytest.raises(
+        ValueError, match=r"reward model '.*': 7 of 7 rows have no cached score \(missing_scores: error"
+    ):
+        response_scores(ranked([*SAMPLES[:2], sample(1, 2, 3, prompt="gamma?")]), settings, TRAIN)
+    with pytest.raises(ValueError, match=r"8 rows have no cached score \(`axolotl evaluate` scores nothing\)"):
+        response_scores(ranked([*SAMPLES[:2], sample(1, 2, 3, 4, prompt="gamma?")]), settings, EVALUATE)
+
+
+def test_plain_methods_score_where_the_environment_says(
+    grader: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("POFT_SCORE_CACHE", str(tmp_path / "cache"))
+    settings = RankingConfig.model_validate({"rank_by": "reward", "reward_model": {"model": str(grader)}})
+    check_ranking(settings)
+    assert ORDER in response_scores(ranked(SAMPLES), settings, TRAIN).columns
+    assert list(tmp_path.glob("cache/*/scores-*.parquet"))
+
+
+def test_rows_of_responses() -> None:
+    rows = ranked(SAMPLES)
+    responses, keys = response_rows([rows.sample(index) for index in range(3)], rows)
+    assert [len(row) for row in keys] == [2, 2, 4]
+    assert len(responses) == len({key for row in keys for key in row}) == 6  # `one`, `two` after `alpha?` come twice
+    assert keys[0] == keys[2][:2]
+    for index, key in enumerate(responses.keys.to_pylist()):
+        turns = responses.conversation(index)
+        assert (turns[-1].role, turns[-1].counted) == ("assistant", True)
+        assert not any(turn.counted for turn in turns[:-1])
+        assert any(key in row for row in keys)
+    assert responses.where(2).startswith("data.jsonl row 1 ")
+    assert load_conversation(responses.table["conversation"][3].as_py())[0].content == "beta?"
+
+
+def test_checks_before_data(grader: Path, tmp_path: Path) -> None:
+    model = {"reward_model": {"model": str(grader)}}
+    with pytest.raises(ValueError, match=r"deft\.reward_model: nothing reads its scores here; set `rank_by: reward`"):
+        check_ranking(RankingConfig.model_validate(model))
+    with pytest.raises(ValueError, match=r"deft\.omega: missing"):
+        check_deft(by_model(grader, tmp_path))
+    check_deft(by_model(grader, tmp_path, omega=0.5))
+    gone = by_model(tmp_path / "gone", tmp_path, omega=0.5)
+    with pytest.raises(ValueError, match=r"reward model .*gone: no such folder"):
+        check_deft(gone)
+    check_deft(gone.model_copy(update={"train_on": "all", "omega": 0}))  # nothing asks for it
+
+
+def test_a_list_goes_by_its_scores() -> None:
+    """What the reader of lists has sorted stays: rank_by is of no account for scores of the data."""
+    rows: Rows = ranked([ranked_list(PROMPT, ["a", "b", "c"], scores=[1.0, 3.0, 1.0], where="row 0")])
+    plain, by_reward = (response_scores(rows, DeftConfig(rank_by=kind), TRAIN) for kind in ("label", "reward"))
+    assert lists(plain.columns[RANKS]) == lists(by_reward.columns[RANKS]) == [[0, 1, 1]]
+    assert lists(by_reward.columns[ORDER]) == [[0, 1, 2]]
