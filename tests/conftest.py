@@ -1,5 +1,6 @@
 """What tests share: the offline environment, tiny models built once, and Axolotl run inside this process."""
 
+import atexit
 import os
 import sys
 from pathlib import Path
@@ -18,6 +19,13 @@ import pytest
 import tiny
 
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_unconfigure() -> None:
+    """Pytest's summary is the last that is read: colorama, which the host sets up, would write to a closed stream."""
+    from colorama.initialise import reset_all
+
+    atexit.unregister(reset_all)
 
 
 @pytest.fixture(scope="session")

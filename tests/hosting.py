@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from axolotl.cli.args import TrainerCliArgs
 from axolotl.integrations.base import BasePlugin, PluginManager
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 
 CAPABILITIES = {"bf16": False, "fp8": False, "tf32": False, "n_gpu": 1, "compute_capability": None}
 
@@ -77,6 +77,7 @@ def train(path: Path, **overrides: Any) -> Recording:
     from axolotl.cli.train import do_train
 
     cfg = load_config(path, **overrides)
+    set_seed(cfg.seed)  # an adapter begins at random, from what this process drew before
     # the host collects garbage at every packing (half a second over all that tests have imported): let it find little
     gc.collect()
     gc.freeze()

@@ -131,6 +131,16 @@ def test_rows_that_are_too_long_are_not_scored(models: SimpleNamespace, tokenize
     assert [bool(np.isfinite(row).all()) for row in found] == fitting
 
 
+def test_rows_are_prepared_as_they_are(models: SimpleNamespace, tokenizer: Any, tmp_path: Path) -> None:
+    """A first token is predicted by nothing: it is no response token of the plan, either."""
+    sequences, _ = token_rows(ranked(SAMPLES, SEQUENCES), 64)
+    scorer: Any = open_start_policy(Policy(str(models.policy), tokenizer, 64), ScoreCache(tmp_path)).scorer
+    for index, ids in enumerate(sequences.table["input_ids"].to_pylist()):
+        row = scorer.prepare_row(sequences, index)
+        assert row.input_ids.tolist() == ids
+        assert row.counted.tolist() == [False, *(label != -100 for label in counted(ids)[1:])]
+
+
 def test_a_sequence_is_known_by_its_labels_too() -> None:
     same = [[[1, 2, 3, 4, 5, 6]] * 2]
     rows = ranked(SAMPLES[:1], same)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 from axolotl.cli.config import load_cfg
 from axolotl.integrations.base import PluginManager
@@ -17,7 +18,8 @@ from poft_plugin.hosts.axolotl.plugin import PoftPlugin
 from poft_plugin.hosts.axolotl.run import MethodRun
 from poft_plugin.report.console import make_console
 from poft_plugin.report.tokens import coloured
-from poft_plugin.scoring.cache import ScoreCache, cache_folder
+from poft_plugin.scoring.cache import Lookup, ScoreCache, cache_folder
+from poft_plugin.scoring.checkpoints import MissingCheckpointError
 from poft_plugin.scoring.exchange import export_scores, import_scores
 from poft_plugin.scoring.graded import export_graded, write_graded_rows
 from poft_plugin.scoring.plan import matmul_rate, plan_reference, print_plan, probe
@@ -184,6 +186,9 @@ class Session:
                 raise ValueError("--levels and --format jsonl go with an `rl: deft_...`, which grades rows")
             self._export_references(out, list_rows)
             return
+        if list_rows and not levels and not jsonl:
+            self._export_responses(out)
+            return
         if not (isinstance(self.run.settings, DeftConfig) and self.run.settings.grades):
             raise ValueError(f"{self.config}: `rl: {self.run.method.name}` with these settings grades nothing")
         graded = graded_rows(self.cfg, self.run, self.context)
@@ -201,6 +206,24 @@ class Session:
         missing = {source: int(lookup.missing_or_long.sum()) for source, lookup in lookups.items()}
         unscored = ", ".join(f"{source}: {count}" for source, count in missing.items() if count)
         console.print(f"{out}: {lines} lines" + (f"; rows without a score: {unscored}" if unscored else ""))
+
+    def _export_responses(self, out: str) -> None:
+        """Every response with its key and text, for scoring elsewhere; the reward model need not be here."""
+        settings = self.run.settings
+        assert isinstance(settings, RankingConfig)
+        if settings.reward_model is None:
+            raise ValueError(f"{self.config}: no `deft.reward_model` to score these responses with")
+        responses, _ = response_rows([self.rows.sample(i) for i in range(len(self.rows))], self.rows)
+        name = settings.reward_model.source
+        try:
+            source = open_reward_model(settings.reward_model, self.cache)
+            lookup, identity = source.lookup(responses, self.cache), source.identity
+        except MissingCheckpointError:
+            nothing = np.full(len(responses), np.nan), np.zeros(len(responses), np.int32)
+            lookup, identity = Lookup(*nothing), None
+        texts = responses.table[CONVERSATION]
+        lines = export_scores(out, responses.keys, {name: lookup}, {name: identity}, texts)
+        console.print(f"{out}: {lines} lines; responses without a score: {int(lookup.missing_or_long.sum())}")
 
     def import_scores(self, path: str) -> None:
         """Takes a score file into the cache."""

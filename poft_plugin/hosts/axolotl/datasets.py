@@ -14,11 +14,12 @@ from axolotl.utils.logging import get_logger
 from axolotl.utils.trainer import calculate_total_num_steps
 from datasets import Dataset, concatenate_datasets
 
+from poft_plugin.config import DeftConfig
 from poft_plugin.data.columns import CONVERSATION, GROUP, ROW_INDEX, ROW_KEY, ROW_NUMBER, SOURCE
 from poft_plugin.data.preparation import Columns, Prepared, Purpose, Rows, RunContext
 from poft_plugin.hosts.axolotl.checks import check_packing
 from poft_plugin.hosts.axolotl.entries import SUPPORTED_TYPES
-from poft_plugin.hosts.axolotl.policy import policy_of
+from poft_plugin.hosts.axolotl.policy import check_linear_head, policy_of
 from poft_plugin.hosts.axolotl.ranked_datasets import (
     RANKED_COLUMNS,
     check_one_step,
@@ -95,6 +96,8 @@ def prepare(
             "whose log-probabilities are not scored here. Merge it first (`axolotl merge-lora`)"
         )
     context = run_context(cfg, purpose)
+    if isinstance(run.settings, DeftConfig) and run.settings.omega:
+        check_linear_head(cfg)
     graded, others, whole = _graded(cfg, run, context)
     kept = _filtered(run, graded)
     finished = [_finished(part, run, cfg) for part in (kept, *others)]
@@ -133,8 +136,8 @@ def attach_columns(dataset: Dataset, run: MethodRun, cfg: DictDefault) -> Datase
 
 
 def run_context(cfg: DictDefault, purpose: Purpose) -> RunContext:
-    """This process, as preprocessors see it."""
-    output_dir = Path(cfg.output_dir) if cfg.output_dir else None
+    """This process, as preprocessors see it; the commands of `axolotl poft` leave a run's own files alone."""
+    output_dir = Path(cfg.output_dir) if cfg.output_dir and purpose != "score" else None
     return RunContext.from_environment(purpose, policy=policy_of(cfg), output_dir=output_dir)
 
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from axolotl.loaders import load_tokenizer
+from axolotl.loaders.utils import load_model_config
 from axolotl.utils.dict import DictDefault
 
 from poft_plugin.data.preparation import Policy
@@ -21,6 +22,20 @@ def policy_of(cfg: DictDefault) -> Policy:
         attn_implementation=cfg.attn_implementation,
         trust_remote_code=bool(cfg.trust_remote_code),
     )
+
+
+def check_linear_head(cfg: DictDefault) -> None:
+    """Refuses a policy whose logits are no linear function of its hidden states, before anything is scored.
+
+    Raises:
+        ValueError: naming the model, its soft-cap and the remedies.
+    """
+    cap = getattr(load_model_config(cfg).get_text_config(), "final_logit_softcapping", None)
+    if cap is not None:
+        raise ValueError(
+            f"base_model {cfg.base_model}: it soft-caps its logits (at {cap}), and the distribution reward needs "
+            "logits that are linear in the hidden states. Set `omega: 0`, or take another model"
+        )
 
 
 def _quantization(cfg: DictDefault, dtype: str) -> dict[str, Any] | None:
