@@ -325,4 +325,4 @@ def test_rows_are_listed_without_the_reward_model(models: SimpleNamespace, in_fo
     lines = pq.read_table("rows.parquet").to_pylist()
     assert {line["reward"] for line in lines} == {None}
     assert all(line["conversation"] for line in lines)
-    assert not (in_folder / "out").exists()
+    assert not (in_folder / "out" / "grading.json").exists()
