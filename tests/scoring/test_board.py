@@ -1,6 +1,7 @@
 """Two processes of one launch that do not see the same cache folder find out, and say so."""
 
 import threading
+import time
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,6 +40,9 @@ def test_notices_are_read_by_the_others_of_the_launch(monkeypatch: pytest.Monkey
     one, other = (open_board(rank(number), Identity({"a": 1}), KEYS) for number in (0, 1))
     assert other.machine_of(0) is None
     one.announce(0)
+    deadline = time.monotonic() + 20
+    while other.machine_of(0) is None and time.monotonic() < deadline:
+        time.sleep(0.01)  # a store answers `set` before the server has it
     assert other.machine_of(0)
     assert open_board(rank(1), Identity({"a": 2}), KEYS).machine_of(0) is None
     assert open_board(rank(1), Identity({"a": 1}), pa.chunked_array([["00"]])).machine_of(0) is None
