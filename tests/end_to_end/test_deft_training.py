@@ -176,6 +176,8 @@ def test_gradients_do_not_depend_on_the_layout(runs: dict[str, SimpleNamespace],
     for parameter, gradient in expected.items():
         torch.testing.assert_close(found[parameter], gradient, rtol=1e-3, atol=1e-5 * scale)
     ours = {k: v for k, v in runs[name].recording.logs[0].items() if k.partition("/")[0] in ("deft", "rewards", "sft")}
+    if "dpo" in name:
+        del ours["rewards/accuracies"]  # the policy is its own reference yet: rounding decides
     for metric, value in ours.items():
         assert runs[other].recording.logs[0][metric] == pytest.approx(value, rel=1e-4, abs=1e-5), metric
 
