@@ -26,7 +26,7 @@ def test_defaults_are_the_papers_form() -> None:
         "keep_top_percent": 100.0,
         "keep_within": "none",
         "missing_scores": "score",
-        "batch_tokens": 8192,
+        "batch_tokens": None,
         "score_cache": None,
     }
 

@@ -244,3 +244,23 @@ def ranked_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
         scores = [round(rng.random(), 1) for _ in responses]
         rows.append({"prompt": f"{number}: {rng.choice(WORDS)}?", "responses": responses, "scores": scores})
     return rows
+
+
+def even_rows(count: int, seed: int = 0) -> dict[str, list[dict[str, Any]]]:
+    """Chats, pairs and lists, all rows of a kind equally long in tokens: the same words in another order."""
+    rng = random.Random(seed)
+
+    def words(number: int) -> str:
+        first, *middle, last = WORDS[:number]
+        return " ".join([first, *rng.sample(middle, len(middle)), last])
+
+    rows: dict[str, list[dict[str, Any]]] = {"chats": [], "pairs": [], "lists": []}
+    for number in range(count):
+        asked = {"role": "user", "content": f"{number}: {words(6)}?"}
+        answers = [words(9), words(5), words(7)]
+        scores = [round(rng.gauss(0, 1), 3) for _ in answers]
+        rows["chats"].append({"messages": [asked, {"role": "assistant", "content": answers[0]}]})
+        pair = {"chosen": {"role": "assistant", "content": answers[0]}, "rejected": answers[1], "scores": scores[:2]}
+        rows["pairs"].append({"messages": [asked], **pair})
+        rows["lists"].append({"prompt": asked["content"], "responses": answers, "scores": scores})
+    return rows

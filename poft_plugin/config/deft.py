@@ -70,7 +70,9 @@ class DeftConfig(RankingConfig):
     reward_over: Literal["best", "all"] = Field(
         "best", description="Responses that the distribution reward is taken over: best | all (their mean)."
     )
-    batch_tokens: int = Field(8192, ge=1, description="Scoring batch, in tokens (padding included).")
+    batch_tokens: int | None = Field(
+        None, ge=1, description="Scoring batch, in tokens (padding included); default: 8192 on a GPU, 1024 on a CPU."
+    )
     missing_scores: Literal["score", "error"] = Field(
         "score", description="What `axolotl train` does with responses that have no cached score: score | error."
     )

@@ -77,7 +77,9 @@ class PoftConfig(Block):
     missing_scores: Literal["score", "error"] = Field(
         "score", description="What `axolotl train` does with rows that have no cached score: score | error."
     )
-    batch_tokens: int = Field(8192, ge=1, description="Scoring batch, in tokens (padding included).")
+    batch_tokens: int | None = Field(
+        None, ge=1, description="Scoring batch, in tokens (padding included); default: 8192 on a GPU, 1024 on a CPU."
+    )
     score_cache: str | None = Field(
         None, description="Folder of the score cache; default: $POFT_SCORE_CACHE, else ./poft_scores."
     )

@@ -24,6 +24,9 @@ CHUNK_TOKENS = 128
 CHUNK_LOGITS = 2**23
 """A small head takes more tokens at a time, up to so many logits: 32 MiB in float32."""
 
+CACHED_LOGITS = 2**18
+"""Logits that the cache of a CPU core keeps, 1 MiB in float32: the log-softmax goes through so many at a time."""
+
 
 @dataclass(frozen=True)
 class LogitTransform:
@@ -184,38 +187,48 @@ def _compute_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    if bias is None:
-        return torch.mm(hidden, weight.t(), out=out)
-    return torch.addmm(bias, hidden, weight.t(), out=out)
+    return torch.mm(hidden, weight.t(), out=out) if bias is None else torch.addmm(bias, hidden, weight.t(), out=out)
 
 
 class _Logits:
-    """The head's logits, a chunk of rows after the other in one buffer, and a second buffer for what is made of them.
+    """The head's logits, a chunk of rows after the other in one buffer: a chunk's are gone with the next.
 
-    Fresh memory for every chunk costs more than the soft-max: the system clears it page by page. A chunk's tensors are
-    gone with the next.
+    Fresh memory for every chunk costs more time than the soft-max: the system clears it page by page.
     """
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None, transform: LogitTransform, *, dtype: torch.dtype, rows: int
     ):
         self.weight, self.bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        self.logits = weight.new_empty((rows, len(weight)), dtype=_sum_dtype(dtype))
         self._transform, self._dtype = transform, dtype
-        shape, sum_dtype = (rows, len(weight)), torch.float64 if dtype == torch.float64 else torch.float32
-        self._logits = weight.new_empty(shape, dtype=sum_dtype)
-        self._results = weight.new_empty(shape, dtype=sum_dtype)
-        # products of half the size lie where the results will be, until they are copied
-        halves = self._results.flatten().view(dtype)[: self._results.numel()].view(shape)
-        self._products = self._logits if dtype == sum_dtype else halves
+        self._products = self.logits if dtype == self.logits.dtype else torch.empty_like(self.logits, dtype=dtype)
 
-    def of(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Transformed logits of rows `(n, D)`, and a buffer of their shape."""
-        logits, results = self._logits[: len(hidden)], self._results[: len(hidden)]
+    def of(self, hidden: Tensor) -> Tensor:
+        """Transformed logits `(n, V)` of rows `(n, D)`."""
+        logits = self.logits[: len(hidden)]
         products = _project(hidden.to(self._dtype), self.weight, self.bias, self._products[: len(hidden)])
-        if self._products is not self._logits:
-            logits.copy_(products)
-        return self._transform.apply(logits), results
+        return self._transform.apply(logits if self._products is self.logits else logits.copy_(products))
+
+
+def _write_logps(logps: Tensor, logits: Tensor, targets: Tensor, block: Tensor) -> None:
+    """Log-probabilities of the targets into `logps`, with log-softmax of as many rows at a time as `block` holds."""
+    for start in range(0, len(logps), len(block)):
+        rows = slice(start, start + len(block))
+        normalised = block[: len(logps[rows])]
+        torch.log_softmax(logits[rows], -1, out=normalised)
+        logps[rows] = normalised.gather(-1, targets[rows, None]).squeeze(-1)
+
+
+def _block(logits: Tensor) -> Tensor:
+    """A buffer for some rows of logits: on a CPU as many as its caches hold, so that they never go to memory."""
+    cached = torch.get_num_threads() * max(1, CACHED_LOGITS // max(1, logits.shape[1]))
+    return torch.empty_like(logits[:cached] if logits.device.type == "cpu" else logits)
 
 
 class _TokenLogps(torch.autograd.Function):
@@ -232,15 +245,13 @@ class _TokenLogps(torch.autograd.Function):
         chunk_tokens: int,
         dtype: torch.dtype,
     ) -> Tensor:
-        out_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        logps = hidden.new_empty(len(hidden), dtype=out_dtype)
+        logps = hidden.new_empty(len(hidden), dtype=_sum_dtype(dtype))
         with torch.autocast(hidden.device.type, enabled=False):
             head = _Logits(weight, bias, transform, dtype=dtype, rows=min(chunk_tokens, len(hidden)))
+            block = _block(head.logits)
             for start in range(0, len(hidden), chunk_tokens):
                 rows = slice(start, start + chunk_tokens)
-                logits, normalised = head.of(hidden[rows])
-                torch.log_softmax(logits, -1, out=normalised)
-                logps[rows] = normalised.gather(-1, targets[rows, None]).squeeze(-1)
+                _write_logps(logps[rows], head.of(hidden[rows]), targets[rows], block)
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.transform, ctx.chunk_tokens, ctx.dtype = transform, chunk_tokens, dtype
         return logps
@@ -257,10 +268,11 @@ class _TokenLogps(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=sum_dtype) if needs_bias else None
         with torch.autocast(hidden.device.type, enabled=False):
             head = _Logits(weight, bias, transform, dtype=dtype, rows=min(step, len(hidden)))
+            buffer = torch.empty_like(head.logits)
             for start in range(0, len(hidden), step):
                 rows = slice(start, start + step)
                 chunk = hidden[rows].to(dtype)
-                logits, grad = head.of(chunk)
+                logits, grad = head.of(chunk), buffer[: len(chunk)]
                 torch.softmax(logits, -1, out=grad).neg_()
                 grad.scatter_add_(-1, targets[rows, None], torch.ones_like(grad[:, :1]))
                 grad *= grad_outputs[0][rows, None]

@@ -104,13 +104,16 @@ class CausalLMScorer(PretrainedScorer):
         return _quantization(self.settings.quantization, self.dtype)
 
     def score(self, batch: Sequence[PreparedRow]) -> list[Score]:
-        """Rewards of a batch of prepared rows: right-padded, the head on response positions only."""
+        """Rewards of a batch of prepared rows: right-padded, the head on response positions only.
+
+        No attention mask: in a causal model no token sees the padding that comes after it, and without a mask
+        attention takes its fast way.
+        """
         ids, labels, sequences = (tensor.to(self._device) for tensor in _padded(batch))
         positions, targets, numbers = response_positions(labels, sequences)
         with torch.inference_mode():
             logps = self._model(
                 input_ids=ids,
-                attention_mask=(sequences >= 0).long(),
                 use_cache=False,
                 response_positions=positions,
                 response_targets=targets,
@@ -143,7 +146,7 @@ class CausalLMScorer(PretrainedScorer):
 
 
 def _padded(batch: Sequence[PreparedRow]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`(R, L)` ids, labels and sequence numbers; padding is masked by its number -1, never by its id."""
+    """`(R, L)` ids, labels and sequence numbers; padding is told by its number -1, never by its id."""
     shape = len(batch), max(map(len, batch))
     ids, labels = np.zeros(shape, dtype=np.int64), np.full(shape, IGNORED, dtype=np.int64)
     sequences = np.full(shape, -1, dtype=np.int64)

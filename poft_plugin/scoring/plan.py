@@ -13,7 +13,7 @@ from rich.table import Table
 
 from poft_plugin.data.preparation import Rows, RunContext
 from poft_plugin.scoring.cache import Lookup, ScoreCache
-from poft_plugin.scoring.run import accelerator, batches
+from poft_plugin.scoring.run import accelerator, batches, default_batch_tokens
 from poft_plugin.scoring.scorer import PreparedRow, Scorer
 from poft_plugin.scoring.sources import Source
 
@@ -123,7 +123,9 @@ def plan_scoring(scorer: Scorer, rows: Rows, lookup: Lookup) -> tuple[ScoringPla
     return plan, fitting
 
 
-def probe(scorer: Scorer, prepared: Sequence[PreparedRow], *, count: int, batch_tokens: int, run: RunContext) -> Probe:
+def probe(
+    scorer: Scorer, prepared: Sequence[PreparedRow], *, count: int, batch_tokens: int | None, run: RunContext
+) -> Probe:
     """Scores `count` batches spread over all lengths, and throws the scores away.
 
     Args:
@@ -133,9 +135,10 @@ def probe(scorer: Scorer, prepared: Sequence[PreparedRow], *, count: int, batch_
         batch_tokens: as in scoring.
         run: this process.
     """
-    every = list(batches(prepared, batch_tokens))
+    device = accelerator(run, scorer.devices)
+    every = list(batches(prepared, batch_tokens or default_batch_tokens(device)))
     picked = [every[int(i)] for i in np.unique(np.linspace(0, len(every) - 1, count).astype(int))]
-    scorer.load(accelerator(run, scorer.devices))
+    scorer.load(device)
     scorer.score(picked[0])
     start = time.perf_counter()
     for batch in picked:

@@ -88,7 +88,13 @@ def prepare_missing(scorer: Scorer, rows: Rows, cache: ScoreCache, share: Share)
 
 
 def score_prepared(
-    scorer: Scorer, prepared: Sequence[PreparedRow], rows: Rows, cache: ScoreCache, *, device: str, batch_tokens: int
+    scorer: Scorer,
+    prepared: Sequence[PreparedRow],
+    rows: Rows,
+    cache: ScoreCache,
+    *,
+    device: str,
+    batch_tokens: int | None,
 ) -> None:
     """Scores prepared rows and writes the scores, every now and then.
 
@@ -98,7 +104,8 @@ def score_prepared(
         rows: the rows they come from, for messages.
         cache: where the scores go.
         device: where the model goes.
-        batch_tokens: tokens of a batch, padding included; a longer row makes a batch of its own.
+        batch_tokens: tokens of a batch, padding included; a longer row makes a batch of its own. None for
+            `default_batch_tokens`.
 
     Raises:
         ValueError: for a reward that is not finite, naming the row; what was scored before stays in the cache.
@@ -110,7 +117,7 @@ def score_prepared(
     flushed = time.monotonic()
     try:
         with progress(total=len(prepared), description=f"{scorer.name}: scores") as bar:
-            for batch in batches(prepared, batch_tokens):
+            for batch in batches(prepared, batch_tokens or default_batch_tokens(device)):
                 scores = scorer.score(batch)
                 _check_finite(scorer, scores, rows)
                 done += scores
@@ -195,6 +202,11 @@ def accelerator(run: RunContext, devices: int) -> str:
     if devices > max(available, 1):
         raise ValueError(f"references: `devices: {devices}`, but this machine has {available} GPUs")
     return f"cuda:{run.local_rank * devices}" if available else "cpu"
+
+
+def default_batch_tokens(device: str) -> int:
+    """Tokens of a scoring batch where none were asked for: a GPU wants many, a CPU's caches few."""
+    return 1024 if device == "cpu" else 8192
 
 
 def batches(rows: Sequence[PreparedRow], batch_tokens: int) -> Iterator[list[PreparedRow]]:

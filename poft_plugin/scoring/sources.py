@@ -50,7 +50,7 @@ class ScoringSettings(Protocol):
     """What every block that scores has."""
 
     @property
-    def batch_tokens(self) -> int:
+    def batch_tokens(self) -> int | None:
         """Scoring batch, in tokens."""
         ...
 

@@ -15,7 +15,7 @@ DEFT = {
     "train_on": "A",
     "omega": None,
     "reward_over": "best",
-    "batch_tokens": 8192,
+    "batch_tokens": None,
     "missing_scores": "score",
     "score_cache": None,
 }

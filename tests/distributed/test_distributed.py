@@ -8,6 +8,7 @@ no account. One torchrun of two processes per stage trains several methods in tu
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,51 +24,90 @@ from torch import Tensor
 
 pytestmark = pytest.mark.timeout(600)
 HERE = Path(__file__).parent
-ROWS, STEPS = 8, 3
+ROWS, HELD_OUT, STEPS = 8, 5, 3
 LORA = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True}
 LORA |= dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), False)
-PACKED = {"sample_packing": True, "sequence_len": 192, "micro_batch_size": 1, "gradient_accumulation_steps": 1}
-RAGGED = {"val_set_size": 0, "accelerator_config": {"even_batches": False}}
+RAGGED = {"test_datasets": None, "accelerator_config": {"even_batches": False}}
 PAIRS = {"path": "pairs.jsonl", "ds_type": "json", "type": "chat_template.default"}
 LISTS = {"path": "lists.jsonl", "ds_type": "json", "type": "poft_plugin.ranked"}
 CHATS = {"path": "chats.jsonl", "ds_type": "json", "type": "chat_template"}
 DEFT = {"top_percent": 50, "bottom_percent": 25, "train_on": "all", "omega": 0.01}
 
-METHODS: dict[str, dict[str, Any]] = {
+PLAIN: dict[str, dict[str, Any]] = {
     "poft": {"rl": "poft", "datasets": [CHATS]},
-    "poft packed": {"rl": "poft", "datasets": [CHATS], **PACKED},
-    "poft ragged": {"rl": "poft", "datasets": [{**CHATS, "path": "seven.jsonl"}], **RAGGED},
     "deft_dpo": {"rl": "deft_dpo", "datasets": [PAIRS], "deft": DEFT},
-    "deft_dpo packed": {"rl": "deft_dpo", "datasets": [PAIRS], "deft": DEFT, **PACKED, "sequence_len": 512},
-    "deft_dpo lora": {"rl": "deft_dpo", "datasets": [PAIRS], "deft": DEFT, **LORA},
     "deft_pro": {"rl": "deft_pro", "datasets": [LISTS], "deft": DEFT},
-    "deft_pro packed": {"rl": "deft_pro", "datasets": [LISTS], "deft": DEFT, **PACKED, "sequence_len": 768},
+    "deft_rrhf": {"rl": "deft_rrhf", "datasets": [LISTS], "deft": DEFT},
+    "pro": {"rl": "pro", "datasets": [LISTS]},
+    "rrhf": {"rl": "rrhf", "datasets": [PAIRS]},
 }
+PACK_TOKENS = {"chats.jsonl": 96, "pairs.jsonl": 160, "lists.jsonl": 192}
+"""A pack holds two rows of the data of equal lengths, so that the eight rows are four packs in any order."""
+
+
+def packed(method: dict[str, Any]) -> dict[str, Any]:
+    """The method on packs, four of them."""
+    (entry,) = method["datasets"]
+    pack = {"sample_packing": True, "sequence_len": PACK_TOKENS[entry["path"]], "micro_batch_size": 1}
+    return {**method, **pack, "datasets": [{**entry, "path": f"even {entry['path']}"}], "test_datasets": None}
+
+
+ALONE: dict[str, dict[str, Any]] = {
+    **PLAIN,
+    **{f"{name} packed": packed(method) for name, method in PLAIN.items()},
+    "poft packs of unequal rows": {**PLAIN["poft"], "sample_packing": True, "sequence_len": 192, "micro_batch_size": 1,
+                                   "gradient_accumulation_steps": 1, "test_datasets": None},
+    "poft ragged": {**PLAIN["poft"], "datasets": [{**CHATS, "path": "seven.jsonl"}], **RAGGED},
+    "deft_dpo lora": {**PLAIN["deft_dpo"], **LORA},
+}  # fmt: skip
+"""What one process trains; it accumulates twice as often as each of two ranks does."""
+
+WIDE = {f"{name}, wide": {**ALONE[name], "micro_batch_size": 2 * ALONE[name].get("micro_batch_size", 2),
+                          "gradient_accumulation_steps": 1}
+        for name in [*PLAIN, *(f"{name} packed" for name in PLAIN)]}  # fmt: skip
+"""The same without accumulation: what a rank accumulated is one micro-batch."""
+
+VARIANTS = {**ALONE, **WIDE}
 STAGES = ("ddp", "zero1", "zero2", "zero3")
 COVERING = {
-    ("ddp", "poft packed"), ("ddp", "poft ragged"), ("ddp", "deft_pro"),
-    ("zero1", "poft"), ("zero2", "deft_dpo"), ("zero2", "poft packed"),
-    ("zero3", "poft packed"), ("zero3", "deft_dpo"), ("zero3", "deft_pro"), ("zero3", "deft_dpo lora"),
+    ("ddp", "poft packed, wide"), ("ddp", "poft ragged"), ("ddp", "deft_pro, wide"), ("ddp", "deft_rrhf packed"),
+    ("zero1", "poft"), ("zero1", "pro packed"),
+    ("zero2", "deft_dpo"), ("zero2", "poft packs of unequal rows"), ("zero2", "rrhf, wide"),
+    ("zero3", "poft packed"), ("zero3", "deft_dpo packed, wide"), ("zero3", "deft_pro"), ("zero3", "deft_dpo lora"),
 }  # fmt: skip
-"""What `make test` runs: every stage, every method, packed and not, LoRA under ZeRO-3."""
+"""What `make test` runs: every stage, every method, packed and not, wide and not, LoRA under ZeRO-3."""
 
 EVERY = [
     pytest.param(stage, name, marks=[] if (stage, name) in COVERING else pytest.mark.matrix)
     for stage in STAGES
-    for name in METHODS
+    for name in VARIANTS
 ]
 BUDGET = {"rel": 2e-4, "abs": 2e-5}
 """Losses in float32: sums over other groupings of the same rows, three steps deep."""
 
+METRICS = re.compile(r"(eval_)?(loss|(poft|dpo|pro|rrhf|sft|deft)/(?!reference_std|level|label).*)")
+"""What is logged of both; what is known before training is logged once."""
+
+
+def write_rows(folder: Path) -> None:
+    """The data sets, once: rows of differing lengths, one row less, rows of equal lengths, rows to evaluate on."""
+    if (folder / "chats.jsonl").exists():
+        return
+    many = ROWS + HELD_OUT
+    files = {"chats": tiny.chat_rows(many, seed=5), "pairs": tiny.pair_rows(many), "lists": tiny.ranked_rows(many)}
+    for name, rows in files.items():
+        tiny.write_jsonl(folder / f"{name}.jsonl", rows[:ROWS])
+        tiny.write_jsonl(folder / f"held out {name}.jsonl", rows[ROWS:])
+    tiny.write_jsonl(folder / "seven.jsonl", files["chats"][: ROWS - 1])
+    for name, rows in tiny.even_rows(ROWS).items():
+        tiny.write_jsonl(folder / f"even {name}.jsonl", rows)
+
 
 def config(folder: Path, models: SimpleNamespace, name: str, **changes: Any) -> Path:
-    """The config of one method; two ranks of two micro-batches of two rows make one step of eight rows."""
-    files = {"chats": tiny.chat_rows(ROWS, seed=5), "seven": tiny.chat_rows(ROWS - 1, seed=5),
-             "pairs": tiny.pair_rows(ROWS), "lists": tiny.ranked_rows(ROWS)}  # fmt: skip
-    for file, rows in files.items():
-        if not (folder / f"{file}.jsonl").exists():
-            tiny.write_jsonl(folder / f"{file}.jsonl", rows)
-    method = METHODS[name]
+    """The config of one variant; two ranks of two micro-batches of two rows (or a pack) make one step of eight rows."""
+    write_rows(folder)
+    variant = VARIANTS[name]
+    held_out = {**variant["datasets"][0], "split": "train"}
     settings: dict[str, Any] = {
         "base_model": str(models.policy),
         "plugins": ["poft_plugin.PoftPlugin", "hosting.RecorderPlugin"],
@@ -76,16 +116,22 @@ def config(folder: Path, models: SimpleNamespace, name: str, **changes: Any) -> 
         "num_epochs": STEPS,
         "learning_rate": 3e-3,
         "dataset_prepared_path": str(folder / "prepared" / name),
-        **method,
+        "test_datasets": [{**held_out, "path": f"held out {held_out['path']}"}],
+        "eval_strategy": "epoch",
+        "eval_batch_size": 2,
+        **variant,
         **changes,
     }
-    block = {"deft": {**method["deft"], "score_cache": str(folder / "scores")}} if "deft" in method else {
-        "poft": {"references": [{"model": str(models.ref_a)}], "score_cache": str(folder / "scores")}
-    }  # fmt: skip
-    datasets = [{**entry, "path": str(folder / entry["path"])} for entry in method["datasets"]]
-    return tiny.write_config(
-        folder / f"{changes['output_dir'].replace('/', '-')}.yml", **{**settings, **block, "datasets": datasets}
-    )
+    if settings["test_datasets"] is None:
+        settings["eval_strategy"] = None
+    scores = {"score_cache": str(folder / "scores")}
+    if variant["rl"] == "poft":
+        settings["poft"] = {"references": [{"model": str(models.ref_a)}], **scores}
+    elif "deft" in variant:
+        settings["deft"] = {**variant["deft"], **scores}
+    for entry in [*settings["datasets"], *(settings["test_datasets"] or [])]:
+        entry |= {"path": str(folder / Path(entry["path"]).name)}
+    return tiny.write_config(folder / f"{changes['output_dir'].replace('/', '-')}.yml", **settings)
 
 
 @pytest.fixture(scope="module")
@@ -101,10 +147,13 @@ def alone(models: SimpleNamespace, workplace: Path) -> Any:
     def train(name: str) -> SimpleNamespace:
         if name not in found:
             out = workplace / "alone" / name
-            changes = {"gradient_accumulation_steps": 2} if "packed" in name else {"gradient_accumulation_steps": 4}
-            recording = hosting.train(config(workplace, models, name, output_dir=str(out), **changes))
+            steps = 2 * ALONE[name].get("gradient_accumulation_steps", 2)
+            path = config(workplace, models, name, output_dir=str(out), gradient_accumulation_steps=steps)
+            recording = hosting.train(path)
             found[name] = SimpleNamespace(
-                logs=recording.logs, weights=weights(out), steps=recording.trainer.state.global_step
+                logs=losses(recording.trainer.state.log_history),
+                weights=weights(out),
+                steps=recording.trainer.state.global_step,
             )
         return found[name]
 
@@ -124,7 +173,7 @@ def staged(models: SimpleNamespace, workplace: Path, request: pytest.FixtureRequ
     def run(stage: str) -> dict[str, Any]:
         if stage not in found:
             names = [params["name"] for params in selected if params["stage"] == stage]
-            found[stage] = _torchrun(stage, [name for name in METHODS if name in names], models, workplace)
+            found[stage] = _torchrun(stage, [name for name in VARIANTS if name in names], models, workplace)
         return found[stage]
 
     return run
@@ -162,6 +211,11 @@ def for_ranks() -> dict[str, str]:
     return environment
 
 
+def losses(logs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was logged of steps and of evaluations."""
+    return [entry for entry in logs if "loss" in entry or "eval_loss" in entry]
+
+
 def weights(folder: Path) -> dict[str, Tensor]:
     """What a run saved: the model, or its adapter."""
     files = list(folder.glob("*.safetensors"))
@@ -176,16 +230,12 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(("stage", "name"), EVERY)
 def test_ranks_train_what_one_process_trains(stage: str, name: str, alone: Any, staged: Any, workplace: Path) -> None:
-    expected, found = alone(name), staged(stage)[name]
-    logs = [entry for entry in found["logs"] if "loss" in entry]
-    assert found["steps"] == expected.steps == len(logs) == STEPS
-    for ours, theirs in zip(logs, expected.logs, strict=True):
-        for metric in (
-            "loss",
-            *(key for key in theirs if key.partition("/")[0] in ("poft", "dpo", "pro", "sft", "deft")),
-        ):
-            if not metric.startswith(("poft/reference", "deft/level", "deft/label")):
-                assert ours[metric] == pytest.approx(theirs[metric], **BUDGET), metric
+    expected, found = alone(name.removesuffix(", wide")), staged(stage)[name]
+    assert found["steps"] == expected.steps == STEPS
+    assert len(expected.logs) == STEPS * (1 if VARIANTS[name].get("test_datasets", "") is None else 2)
+    for ours, theirs in zip(losses(found["logs"]), expected.logs, strict=True):
+        for metric in filter(METRICS.fullmatch, theirs):
+            assert ours[metric] == pytest.approx(theirs[metric], **BUDGET), metric
     saved = weights(workplace / stage / name)
     assert saved.keys() == expected.weights.keys()
     for parameter, weight in expected.weights.items():

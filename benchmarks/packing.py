@@ -1,0 +1,183 @@
+"""`sample_packing: true` against unpacked training for preference methods: samples a second, at equal tokens per batch.
+
+    python -m benchmarks.packing --data FOLDER --write
+
+The same samples are trained on, forward and backward, in three ways: unpacked (each response a padded row), packed with
+transformers' own mask of the whole pack, and packed with the plugin's attention for packs on a CPU, a call per
+sequence. A batch is of as many samples as fill, padding included, the tokens of a pack. The losses of all samples are
+compared first. The head projects response tokens only, in all three.
+"""
+
+import argparse
+import random
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks import common, trainers
+
+METHODS = ("deft_dpo", "deft_pro", "deft_rrhf", "pro", "rrhf")
+TARGET = 1.5
+SAME = 1e-4
+"""Relative: float32 sums over a sequence in another order."""
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of training on the samples.
+
+    Args:
+        name: in the table.
+        trainer: of one method.
+        batches: all samples.
+    """
+
+    name: str
+    trainer: Any
+    batches: Sequence[Batch]
+
+    def run(self) -> None:
+        """Forward and backward over all samples."""
+        for inputs in self.batches:
+            self.trainer.compute_loss(self.trainer.model, dict(inputs)).backward()
+
+    def prepare(self) -> None:
+        """Gradients stay allocated, at 0."""
+        for parameter in self.trainer.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+
+    def losses(self) -> torch.Tensor:
+        """Of all samples, smallest first."""
+        with torch.no_grad():
+            parts = [self.trainer.step_output(self.trainer.model, inputs).losses for inputs in self.batches]
+        return torch.cat(parts).sort().values
+
+
+def main() -> None:
+    """Prints, and with `--write` keeps, the table."""
+    parser = common.arguments(__doc__, data=trainers.DATA_HELP)
+    parser.add_argument("--samples", type=int, help="Pairs in all (default: 24).")
+    parser.add_argument("--pack", type=int, default=2048, help="Tokens of a pack (default: 2048).")
+    parser.add_argument("--layers", type=int, default=12, help="Layers of the model (default: 12).")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="Which (default: all).")
+    options = common.settle(parser.parse_args(), repeats=3)
+    count = options.samples or (4 if options.small else 24)
+    vocabulary = 2048 if options.small else 32_768
+    samples = trainers.hh_pairs(options.data, count, vocabulary=vocabulary)
+    shape = {"hidden": 64, "layers": 2} if options.small else {"layers": options.layers}
+    model = trainers.llama(vocabulary, **shape)
+    common.publish("packing", [report(samples, model, options)], options)
+
+
+def report(samples: Sequence[trainers.Sample], model: Any, options: argparse.Namespace) -> common.Report:
+    """All methods, all ways."""
+    packs = [[pack] for pack in trainers.packs(samples, options.pack)]
+    size, unpacked = _batches(samples, options.pack)
+    rows, worst = [], float("inf")
+    for method in options.methods:
+        ways = _ways(method, model, packs, unpacked)
+        _check_losses(ways)
+        contestants = [common.Contestant(way.name, way.run, len(samples), way.prepare) for way in ways]
+        timings = common.race(contestants, options.repeats, clock=options.clock, warm_up=False)
+        plain = timings["unpacked"].median
+        ratios = [plain / timings[way.name].median for way in ways]
+        worst = min(worst, ratios[-1])
+        for way, ratio in zip(ways, ratios, strict=True):
+            peak = common.peak_mib(lambda way=way: Way("", way.trainer, way.batches[:1]).run())
+            seconds = timings[way.name].median
+            label = f"{method}, {way.name}"
+            rows.append([label, f"{len(samples) / seconds:.3g}", f"{peak:,.0f}", f"{ratio:.2f} x"])
+    config = model.config
+    title = (
+        f"Packed preference training: {len(samples)} pairs in packs of {options.pack:,} tokens or batches of {size}, "
+        f"{config.num_hidden_layers} layers of {config.hidden_size}, head of {config.vocab_size:,}"
+    )
+    headings = [
+        "method",
+        "samples a CPU second" if options.clock == "cpu" else "samples a second",
+        "peak MiB, first batch",
+        "to unpacked",
+    ]
+    return common.Report(title, headings, rows, [_filling(packs, unpacked, options.pack), _verdict(worst)])
+
+
+def _ways(
+    method: str, model: Any, packs: Sequence[Sequence[list[trainers.Sample]]], unpacked: Sequence[list[trainers.Sample]]
+) -> list[Way]:
+    trained = [
+        trainers.plugin_trainer(deepcopy(model), method, packed=packed, **_settings(method))
+        for packed in (False, False, True)
+    ]
+    padded, packed = [_batch(method, part) for part in unpacked], [_batch(method, pack) for pack in packs]
+    return [
+        Way("unpacked", trained[0], padded),
+        Way("packed, mask of the whole pack", trained[1], packed),
+        Way("packed, a call per sequence", trained[2], packed),
+    ]
+
+
+def _settings(method: str) -> dict[str, Any]:
+    return {"omega": 0.0} if method.startswith("deft_") else {}
+
+
+def _batch(method: str, samples: Any) -> Batch:
+    columns: dict[str, Any] = {"ranks": lambda sample: [float(number) for number in range(len(sample.responses))]}
+    if method == "deft_dpo":
+        # about what a policy that has learnt nothing gives
+        columns["reference_sum_logps"] = lambda sample: [-10.4 * len(response) for response in sample.responses]
+    return trainers.batch(method, samples, **columns)
+
+
+def _batches(samples: Sequence[trainers.Sample], tokens: int) -> tuple[int, list[list[trainers.Sample]]]:
+    """Samples in random order, as many in a batch as make its tokens, padding included, closest to a pack's."""
+    shuffled = random.Random(common.SEED).sample(list(samples), len(samples))
+
+    def cut(size: int) -> list[list[trainers.Sample]]:
+        return [shuffled[start : start + size] for start in range(0, len(shuffled), size)]
+
+    def distance(size: int) -> float:
+        full = [part for part in cut(size) if len(part) == size]
+        return abs(sum(map(_slots, full)) / len(full) - tokens)
+
+    size = min(range(1, len(samples) + 1), key=distance)
+    return size, cut(size)
+
+
+def _slots(samples: Sequence[trainers.Sample]) -> int:
+    """Tokens of an unpacked batch, padding included."""
+    lengths = [len(sample.prompt) + len(response) for sample in samples for response in sample.responses]
+    return len(lengths) * -(-max(lengths) // trainers.MULTIPLE) * trainers.MULTIPLE
+
+
+def _filling(packs: Sequence[Any], unpacked: Sequence[list[trainers.Sample]], tokens: int) -> str:
+    used = sum(len(sample) for part in unpacked for sample in part)
+    slots = sum(map(_slots, unpacked))
+    padded = sum(-(-sum(map(len, pack[0])) // trainers.MULTIPLE) * trainers.MULTIPLE for pack in packs)
+    return (
+        f"{used:,} tokens; unpacked {len(unpacked)} batches of {slots / len(unpacked):,.0f} tokens on average, "
+        f"{used / slots:.0%} of them real; {len(packs)} packs of at most {tokens:,}, {used / padded:.0%} real"
+    )
+
+
+def _verdict(worst: float) -> str:
+    said = "met" if worst >= TARGET else "missed"
+    return (
+        f"packed, a call per sequence, at least {worst:.2f} x the unpacked samples a second (target {TARGET}: {said})"
+    )
+
+
+def _check_losses(ways: Sequence[Way]) -> None:
+    expected = ways[0].losses()
+    for way in ways[1:]:
+        found = way.losses()
+        torch.testing.assert_close(found, expected, rtol=SAME, atol=SAME * float(expected.abs().max()))
+
+
+if __name__ == "__main__":
+    main()
