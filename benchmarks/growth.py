@@ -56,13 +56,12 @@ def measure(options: argparse.Namespace, folder: Path) -> Report:
     }
     cells = []
     for task, make in makers.items():
-        counts = [count // 10 for count in sizes] if task == "scoring" else list(sizes)
-        runs = [Contestant(str(count), make(count), count) for count in counts]
+        runs = [Contestant(str(count), make(count), count) for count in sizes]
         timings = race(runs, options.repeats, clock=options.clock, take=options.take)
         seconds = [timings[run.name].figure for run in runs]
         peaks = [max(peak_mib(run.run), 0.0) for run in runs]
-        for number, count in enumerate(counts):
-            slopes = (_slope(counts, seconds), _slope(counts, peaks)) if number == len(counts) - 1 else ("", "")
+        for number, count in enumerate(sizes):
+            slopes = (_slope(sizes, seconds), _slope(sizes, peaks)) if number == len(sizes) - 1 else ("", "")
             per_row = f"{1e6 * seconds[number] / count:.3g}"
             cells.append([task, f"{count:,}", f"{seconds[number]:.3g}", per_row, f"{peaks[number]:,.1f}", *slopes])
     headings = ("task", "rows", "seconds", "microseconds a row", "peak MiB", "exponent, time", "exponent, memory")

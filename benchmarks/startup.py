@@ -44,8 +44,10 @@ HELP = """
 import importlib.metadata as metadata
 every = metadata.entry_points
 metadata.entry_points = lambda **chosen: [point for point in every(**chosen) if point.name != {hidden!r}]
+import sys
+sys.argv = ["axolotl", "--help"]
 from axolotl.cli.main import main
-main(["--help"])
+main()
 """
 
 ENVIRONMENT = {"AXOLOTL_DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -3,6 +3,7 @@
 A trainer is built as the host builds it, but around a model and settings instead of a run: no data set, no optimizer.
 """
 
+import argparse
 import gzip
 import json
 import random
@@ -54,7 +55,32 @@ class Sample:
         return sum(len(self.prompt) + len(response) for response in self.responses)
 
 
-def llama(vocabulary: int, *, hidden: int = 256, layers: int = 4) -> LlamaForCausalLM:
+SIZES = {"tiny": (64, 2), "toy": (256, 4), "1b": (2048, 20)}
+"""Hidden numbers and layers."""
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What the model is like: on a GPU, a real size in half precision."""
+    parser.add_argument("--size", choices=["toy", "1b"], default="toy", help="toy for a CPU, 1b for a GPU.")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="Weights.")
+    parser.add_argument("--attention", default="sdpa", help="Its attn_implementation (default: sdpa).")
+
+
+def model_of(vocabulary: int, options: argparse.Namespace, *, layers: int | None = None) -> LlamaForCausalLM:
+    """The model that the options ask for, `layers` deep where it is a toy."""
+    hidden, depth = SIZES["tiny" if options.small else options.size]
+    depth = layers if layers is not None and options.size == "toy" and not options.small else depth
+    model = llama(vocabulary, hidden=hidden, layers=depth, attention=options.attention)
+    return model.to(getattr(torch, options.dtype)).to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def on_device(trainer: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a batch where the trainer's model is."""
+    moved: dict[str, Any] = trainer._prepare_inputs(dict(inputs))
+    return moved
+
+
+def llama(vocabulary: int, *, hidden: int = 256, layers: int = 4, attention: str = "sdpa") -> LlamaForCausalLM:
     """A random Llama in float32, the same at each call."""
     torch.manual_seed(SEED)
     config = LlamaConfig(
@@ -66,7 +92,7 @@ def llama(vocabulary: int, *, hidden: int = 256, layers: int = 4) -> LlamaForCau
         num_key_value_heads=hidden // 64,
         max_position_embeddings=4096,
         tie_word_embeddings=False,
-        attn_implementation="sdpa",
+        attn_implementation=attention,
         pad_token_id=PAD,
     )
     return LlamaForCausalLM(config).train()

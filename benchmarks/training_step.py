@@ -29,7 +29,7 @@ SMALL_VOCABULARIES = (2_048, 4_096)
 PARTS = ("poft", "dpo", "reward")
 OMEGA = 2.5e-6
 CHECKED_OMEGA = 1.0
-SAME = 2e-4
+SAME = {torch.float32: 2e-4, torch.bfloat16: 0.05}
 """Of the largest gradient: float32 sums in another order, over some thousand tokens and a whole vocabulary."""
 
 Step = Callable[[], Tensor]
@@ -66,7 +66,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of the median step, their spread, and peak MiB."""
+    """Seconds of the step that counts, the spread, and peak MiB."""
 
     seconds: float
     spread: str
@@ -77,6 +77,7 @@ def main() -> None:
     """Prints, and with `--write` keeps, the tables of each part."""
     parser = common.arguments(__doc__, data=trainers.DATA_HELP)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="Which tables (default: all).")
+    trainers.add_model_options(parser)
     parser.add_argument("--pairs", type=int, help="Pairs of the preference parts (default: 8).")
     options = common.settle(parser.parse_args(), repeats=5)
     small, large = SMALL_VOCABULARIES if options.small else VOCABULARIES
@@ -122,7 +123,7 @@ def dpo_report(vocabulary: int, options: argparse.Namespace) -> common.Report:
     theirs = _trl_batch(pairs)
     start = deepcopy(model)
     with_reference = trainers.host_dpo_trainer(deepcopy(model), start, precomputed=False)
-    chosen, rejected = with_reference.compute_ref_log_probs(start, theirs)
+    chosen, rejected = with_reference.compute_ref_log_probs(start, trainers.on_device(with_reference, theirs))
     known = {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
     precomputed = trainers.host_dpo_trainer(deepcopy(model), None, precomputed=True)
     plugin = trainers.plugin_trainer(deepcopy(model), "deft_dpo", omega=0.0, sft_weight=0.0)
@@ -168,17 +169,13 @@ def _alpaca(vocabulary: int, options: argparse.Namespace) -> tuple[list[list[tra
     pack: list[trainers.Sample] = []
     for row in rows:
         pack += [row] if sum(map(len, pack)) + len(row) <= tokens else []
-    return [pack], trainers.llama(vocabulary, **_model_size(options))
+    return [pack], trainers.model_of(vocabulary, options)
 
 
 def _pairs(vocabulary: int, options: argparse.Namespace) -> tuple[list[trainers.Sample], nn.Module]:
     ids = min(vocabulary, VOCABULARIES[0])
     pairs = trainers.hh_pairs(options.data, options.pairs or (2 if options.small else 8), vocabulary=ids)
-    return pairs, trainers.llama(vocabulary, **_model_size(options))
-
-
-def _model_size(options: argparse.Namespace) -> dict[str, int]:
-    return {"hidden": 64, "layers": 2} if options.small else {}
+    return pairs, trainers.model_of(vocabulary, options)
 
 
 def _size(pairs: Sequence[trainers.Sample]) -> str:
@@ -210,7 +207,7 @@ def _trl_batch(pairs: Sequence[trainers.Sample]) -> dict[str, Any]:
 
 
 def _way(name: str, trainer: Any, inputs: Mapping[str, Any]) -> Way:
-    return Way(name, trainer.model, lambda: trainer.compute_loss(trainer.model, dict(inputs)))
+    return Way(name, trainer.model, lambda: trainer.compute_loss(trainer.model, trainers.on_device(trainer, inputs)))
 
 
 def _literal(trainer: Any, discrepancy: Tensor) -> Callable[..., StepOutput]:
@@ -253,6 +250,7 @@ def _check_same(ways: Sequence[Way]) -> None:
     """Raises where a loss or a gradient differs from the first contestant's."""
     expected: dict[str, Tensor] = {}
     for way in ways:
+        budget = SAME[next(way.model.parameters()).dtype]
         loss = way.loss()
         loss.backward()
         found = {name: p.grad for name, p in way.model.named_parameters() if p.grad is not None}
@@ -261,7 +259,7 @@ def _check_same(ways: Sequence[Way]) -> None:
         assert found.keys() == expected.keys(), way.name
         for name, value in found.items():
             torch.testing.assert_close(
-                value, expected[name], rtol=0, atol=SAME * float(expected[name].abs().max()) + 1e-9,
+                value, expected[name], rtol=0, atol=budget * float(expected[name].abs().max()) + 1e-9,
                 msg=lambda text, way=way, name=name: f"{way.name}, {name}: {text}",
             )  # fmt: skip
         way.prepare()
@@ -272,12 +270,12 @@ def _report(
 ) -> common.Report:
     """Measures the contestants; each row shows its ratios to each peer that has a target."""
     runs = [common.Contestant(way.name, way.run, prepare=way.prepare) for way in ways]
-    timings = common.race(runs, options.repeats, clock=options.clock)
+    timings = common.race(runs, options.repeats, clock=options.clock, take=options.take)
     measured = {}
     for way in ways:
         way.prepare()
         timing = timings[way.name]
-        measured[way.name] = Measured(timing.median, timing.spread, common.peak_mib(way.run))
+        measured[way.name] = Measured(timing.figure, timing.spread, common.peak_mib(way.run))
     headings = ["step", "CPU seconds" if options.clock == "cpu" else "seconds", "fastest to slowest", "peak MiB"]
     headings += [f"{kind} / {target.short}" for target in targets for kind in ("time", "peak")]
     rows = [

@@ -3,10 +3,12 @@
 Axes: N predicted tokens, D hidden size, V vocabulary, B sequences. Log-probabilities are natural logs (nats).
 
 The head of a current model maps 4 k hidden numbers to 128 k logits, and only response tokens need it. `token_logps`
-takes the hidden states that predict them, walks through them a chunk at a time, keeps nothing of a chunk but its
-log-probabilities and computes its logits again in backward. The plain form is kept beside it as the oracle.
+takes the hidden states that predict them and never has more than a tile of their logits: some tokens by some of the
+vocabulary. The soft-max's normaliser is summed up over the tiles of a token and kept; everything else of a tile is gone
+with the next, and backward computes its logits again. The plain form is kept beside it as the oracle.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +20,11 @@ from torch.nn.functional import linear, log_softmax
 IGNORED = -100
 """Label of a token that does not count, as everywhere in transformers."""
 
-CHUNK_TOKENS = 128
-"""Tokens whose logits exist at one time, at least. 128 x 128,256 logits in float32 are 63 MiB."""
+CPU_TILE = (1024, 2048)
+"""Tokens and vocabulary of a tile where none is asked for: 8 MiB of logits in float32, near what CPU caches hold."""
 
-CHUNK_LOGITS = 2**23
-"""A small head takes more tokens at a time, up to so many logits: 32 MiB in float32."""
-
-CACHED_LOGITS = 2**18
-"""Logits that the cache of a CPU core keeps, 1 MiB in float32: the log-softmax goes through so many at a time."""
+GPU_TILE = (4096, 4096)
+"""The same on a GPU, 64 MiB: large products, few kernels."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +71,9 @@ def token_logps(
     bias: Tensor | None = None,
     *,
     transform: LogitTransform = IDENTITY,
-    chunk_tokens: int | None = None,
+    tile: tuple[int, int] | None = None,
 ) -> Tensor:
-    r"""`log softmax(transform(hidden @ weight.T + bias))[targets]`, never more than `chunk_tokens` rows of logits.
+    r"""`log softmax(transform(hidden @ weight.T + bias))[targets]`, with a tile of the logits at a time.
 
     Args:
         hidden: `(N, D)`: `hidden[n]` is what enters the head at the position *before* token n. Carries gradient.
@@ -82,14 +81,14 @@ def token_logps(
         targets: `(N,)`, integer token ids in `[0, V)`.
         bias: `(V,)` or None.
         transform: what the model does to its logits after the head.
-        chunk_tokens: tokens per chunk; it changes memory, not the result. By default 128, with a small head as many as
-            have `CHUNK_LOGITS` logits.
+        tile: tokens and vocabulary of a tile, at most; it changes memory, not the result. By default `CPU_TILE` or
+            `GPU_TILE`.
 
     Returns:
         `(N,)` in float32 (float64 for float64 inputs), nats.
 
     Raises:
-        ValueError: if the shapes do not fit one another, or `chunk_tokens` is below 1.
+        ValueError: if the shapes do not fit one another, or a tile has a size below 1.
 
     Examples:
         >>> logps = token_logps(torch.zeros(1, 3), torch.ones(4, 3), torch.tensor([2]))
@@ -97,20 +96,20 @@ def token_logps(
         True
 
     Products are taken in the dtype that the model itself would use (the autocast dtype where autocast is on), the
-    soft-max in float32, as transformers does. Gradients of the weight are summed over chunks in float32.
+    soft-max in float32, as transformers does. Gradients are summed over tiles in float32.
     """
     if hidden.ndim != 2 or targets.shape != hidden.shape[:1] or weight.shape[-1] != hidden.shape[-1]:
         raise ValueError(
             f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}: "
             "expected (N, D), (V, D), (N,)"
         )
-    if chunk_tokens is None:
-        chunk_tokens = max(CHUNK_TOKENS, CHUNK_LOGITS // max(1, len(weight)))
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens: {chunk_tokens}; at least 1")
-    dtype = _compute_dtype(hidden)
+    if tile is None:
+        tile = CPU_TILE if hidden.device.type == "cpu" else GPU_TILE
+    if min(tile) < 1:
+        raise ValueError(f"tile: {tile}; tokens and vocabulary, at least 1 each")
+    tile = max(1, min(tile[0], len(hidden))), min(tile[1], len(weight))
     logps: Tensor = _TokenLogps.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, targets, transform, chunk_tokens, dtype
+        hidden, weight, bias, targets, transform, tile, _compute_dtype(hidden)
     )
     return logps
 
@@ -191,48 +190,45 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    return torch.mm(hidden, weight.t(), out=out) if bias is None else torch.addmm(bias, hidden, weight.t(), out=out)
+def _slices(length: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
-class _Logits:
-    """The head's logits, a chunk of rows after the other in one buffer: a chunk's are gone with the next.
+class _Head:
+    """The head's logits, a tile after the other in one buffer: a tile's are gone with the next.
 
-    Fresh memory for every chunk costs more time than the soft-max: the system clears it page by page.
+    Fresh memory for every tile costs more time than the soft-max: the system clears it page by page.
     """
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, transform: LogitTransform, *, dtype: torch.dtype, rows: int
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        transform: LogitTransform,
+        *,
+        dtype: torch.dtype,
+        tile: tuple[int, int],
     ):
         self.weight, self.bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        self.logits = weight.new_empty((rows, len(weight)), dtype=_sum_dtype(dtype))
         self._transform, self._dtype = transform, dtype
-        self._products = self.logits if dtype == self.logits.dtype else torch.empty_like(self.logits, dtype=dtype)
+        self._logits = weight.new_empty(tile, dtype=_sum_dtype(dtype)).flatten()
+        same = dtype == self._logits.dtype
+        self._products = self._logits if same else torch.empty_like(self._logits, dtype=dtype)
 
-    def of(self, hidden: Tensor) -> Tensor:
-        """Transformed logits `(n, V)` of rows `(n, D)`."""
-        logits = self.logits[: len(hidden)]
-        products = _project(hidden.to(self._dtype), self.weight, self.bias, self._products[: len(hidden)])
-        return self._transform.apply(logits if self._products is self.logits else logits.copy_(products))
-
-
-def _write_logps(logps: Tensor, logits: Tensor, targets: Tensor, block: Tensor) -> None:
-    """Log-probabilities of the targets into `logps`, with log-softmax of as many rows at a time as `block` holds."""
-    for start in range(0, len(logps), len(block)):
-        rows = slice(start, start + len(block))
-        normalised = block[: len(logps[rows])]
-        torch.log_softmax(logits[rows], -1, out=normalised)
-        logps[rows] = normalised.gather(-1, targets[rows, None]).squeeze(-1)
-
-
-def _block(logits: Tensor) -> Tensor:
-    """A buffer for some rows of logits: on a CPU as many as its caches hold, so that they never go to memory."""
-    cached = torch.get_num_threads() * max(1, CACHED_LOGITS // max(1, logits.shape[1]))
-    return torch.empty_like(logits[:cached] if logits.device.type == "cpu" else logits)
+    def tile(self, hidden: Tensor, columns: slice) -> Tensor:
+        """Transformed logits `(n, columns)` of rows `(n, D)`, in the dtype of sums."""
+        shape = len(hidden), columns.stop - columns.start
+        logits, products = (flat[: shape[0] * shape[1]].view(shape) for flat in (self._logits, self._products))
+        rows, weight = hidden.to(self._dtype), self.weight[columns]
+        if self.bias is None:
+            torch.mm(rows, weight.t(), out=products)
+        else:
+            torch.addmm(self.bias[columns], rows, weight.t(), out=products)
+        return self._transform.apply(logits if self._products is self._logits else logits.copy_(products))
 
 
 class _TokenLogps(torch.autograd.Function):
-    """Chunked log-probabilities with their gradient written out: `d logp / d logits = onehot(target) - softmax`."""
+    """Tiled log-probabilities with their gradient written out: `d logp / d logits = onehot(target) - softmax`."""
 
     @staticmethod
     def forward(
@@ -242,58 +238,89 @@ class _TokenLogps(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         transform: LogitTransform,
-        chunk_tokens: int,
+        tile: tuple[int, int],
         dtype: torch.dtype,
     ) -> Tensor:
-        logps = hidden.new_empty(len(hidden), dtype=_sum_dtype(dtype))
+        picked = hidden.new_zeros(len(hidden), dtype=_sum_dtype(dtype))
+        highest, total = torch.full_like(picked, -torch.inf), torch.zeros_like(picked)
         with torch.autocast(hidden.device.type, enabled=False):
-            head = _Logits(weight, bias, transform, dtype=dtype, rows=min(chunk_tokens, len(hidden)))
-            block = _block(head.logits)
-            for start in range(0, len(hidden), chunk_tokens):
-                rows = slice(start, start + chunk_tokens)
-                _write_logps(logps[rows], head.of(hidden[rows]), targets[rows], block)
-        ctx.save_for_backward(hidden, weight, bias, targets)
-        ctx.transform, ctx.chunk_tokens, ctx.dtype = transform, chunk_tokens, dtype
-        return logps
+            head = _Head(weight, bias, transform, dtype=dtype, tile=tile)
+            for rows in _slices(len(hidden), tile[0]):
+                for columns in _slices(len(weight), tile[1]):
+                    logits = head.tile(hidden[rows], columns)
+                    picked[rows] += _at_targets(logits, targets[rows], columns)
+                    _sum_exponentials(logits, highest[rows], total[rows])
+        ctx.save_for_backward(hidden, weight, bias, targets, highest, total)
+        ctx.transform, ctx.tile, ctx.dtype = transform, tile, dtype
+        return picked - highest - total.log()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets = ctx.saved_tensors
-        transform, step, dtype = ctx.transform, ctx.chunk_tokens, ctx.dtype
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        sum_dtype = grad_outputs[0].dtype
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=sum_dtype) if needs_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=sum_dtype) if needs_bias else None
+        hidden, weight, bias, targets, highest, total = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:3]
+        sums = [
+            None if given is None or not wants else torch.zeros_like(given, dtype=grad_outputs[0].dtype)
+            for given, wants in zip((hidden, weight, bias), wanted, strict=True)
+        ]
         with torch.autocast(hidden.device.type, enabled=False):
-            head = _Logits(weight, bias, transform, dtype=dtype, rows=min(step, len(hidden)))
-            buffer = torch.empty_like(head.logits)
-            for start in range(0, len(hidden), step):
-                rows = slice(start, start + step)
-                chunk = hidden[rows].to(dtype)
-                logits, grad = head.of(chunk), buffer[: len(chunk)]
-                torch.softmax(logits, -1, out=grad).neg_()
-                grad.scatter_add_(-1, targets[rows, None], torch.ones_like(grad[:, :1]))
-                grad *= grad_outputs[0][rows, None]
-                grad = transform.backward(logits, grad)
-                if grad_bias is not None:
-                    grad_bias += grad.sum(0)
-                if grad_hidden is not None:
-                    grad_hidden[rows] = (grad.to(dtype) @ head.weight).to(hidden.dtype)
-                if grad_weight is not None:
-                    _add_outer(grad_weight, grad, chunk)
-        return (
-            grad_hidden,
-            None if grad_weight is None else grad_weight.to(weight.dtype),
-            None if grad_bias is None else grad_bias.to(bias.dtype),
-            None, None, None, None,
-        )  # fmt: skip
+            head = _Head(weight, bias, ctx.transform, dtype=ctx.dtype, tile=ctx.tile)
+            for rows in _slices(len(hidden), ctx.tile[0]):
+                chunk = hidden[rows].to(ctx.dtype)
+                for columns in _slices(len(weight), ctx.tile[1]):
+                    logits = head.tile(chunk, columns)
+                    grad = (logits - highest[rows, None]).exp_().div_(total[rows, None]).neg_()
+                    _add_at_targets(grad, targets[rows], columns)
+                    grad = ctx.transform.backward(logits, grad.mul_(grad_outputs[0][rows, None]))
+                    _add_gradients(sums, grad, rows, columns, chunk=chunk, weight=head.weight)
+        given = (
+            None if total is None else total.to(tensor.dtype)
+            for total, tensor in zip(sums, (hidden, weight, bias), strict=True)
+        )
+        return (*given, None, None, None, None)
 
 
-def _add_outer(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
-    """`total += grad.T @ hidden`, the product in hidden's dtype, the sum in total's."""
-    if hidden.dtype == total.dtype:
-        total.addmm_(grad.t(), hidden)
+def _sum_exponentials(logits: Tensor, highest: Tensor, total: Tensor) -> None:
+    """Takes a tile into the normaliser `total * exp(highest)`; the tile's logits are lost.
+
+    Two numbers, since one, the logarithm of the sum, would round every probability by its own size.
+    """
+    higher = torch.maximum(highest, logits.amax(-1))
+    total.mul_((highest - higher).exp_()).add_(logits.sub_(higher[:, None]).exp_().sum(-1))
+    highest.copy_(higher)
+
+
+def _at_targets(logits: Tensor, targets: Tensor, columns: slice) -> Tensor:
+    """`(n,)` logits of the targets that lie in these columns, 0 for the others."""
+    inside = (targets >= columns.start) & (targets < columns.stop)
+    places = torch.where(inside, targets - columns.start, 0)
+    return torch.where(inside, logits.gather(-1, places[:, None]).squeeze(-1), 0)
+
+
+def _add_at_targets(grad: Tensor, targets: Tensor, columns: slice) -> None:
+    """Adds 1 at the targets that lie in these columns."""
+    inside = (targets >= columns.start) & (targets < columns.stop)
+    places = torch.where(inside, targets - columns.start, 0)
+    grad.scatter_add_(-1, places[:, None], inside[:, None].to(grad.dtype))
+
+
+def _add_gradients(
+    sums: list[Tensor | None], grad: Tensor, rows: slice, columns: slice, *, chunk: Tensor, weight: Tensor
+) -> None:
+    """Adds a tile's part to the gradients of hidden states, weight and bias: products in their dtype, sums in sums'."""
+    of_hidden, of_weight, of_bias = sums
+    products = grad.to(chunk.dtype)
+    if of_bias is not None:
+        of_bias[columns] += grad.sum(0)
+    if of_hidden is not None:
+        _add_product(of_hidden[rows], products, weight[columns])
+    if of_weight is not None:
+        _add_product(of_weight[columns], products.t(), chunk)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """`total += left @ right` in place."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
     else:
-        total += grad.to(hidden.dtype).t() @ hidden
+        total += left @ right

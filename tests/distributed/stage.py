@@ -25,11 +25,17 @@ def main(jobs: Path) -> None:
     import axolotl.utils.distributed
     import hosting
     import torch
+    import transformers.integrations.deepspeed
+    import transformers.modeling_utils
 
     axolotl.train.cleanup_distributed = lambda: None  # the process group stays for the next job
+    asking = (transformers.modeling_utils, transformers.integrations.deepspeed)
+    is_zero3 = [module.is_deepspeed_zero3_enabled for module in asking]
     results = {}
     for job in job_list:
         axolotl.utils.distributed.distributed_state = None
+        for module, asked in zip(asking, is_zero3, strict=True):
+            module.is_deepspeed_zero3_enabled = asked  # under ZeRO-3 the host answers yes from its first model on
         overrides = {name: job[name] for name in ("deepspeed", "resume_from_checkpoint") if job.get(name)}
         recording = hosting.train(Path(job["config"]), **overrides)
         results[job["name"]] = _result(recording)
@@ -44,7 +50,11 @@ def _result(recording: Any) -> dict[str, Any]:
 
     trainer = recording.trainer
     weights = [p for p in trainer.model.parameters() if p.requires_grad]
-    models = [m for m in gc.get_objects() if isinstance(m, PreTrainedModel) and m.get_output_embeddings() is not None]
+    frozen = [p for p in trainer.model.parameters() if not p.requires_grad]
+    gc.collect()
+    found = [m for m in gc.get_objects() if isinstance(m, PreTrainedModel)]
+    parts = {id(part) for model in found for part in model.modules() if part is not model}
+    models = [model for model in found if id(model) not in parts]
     return {
         "engine": type(trainer.model_wrapped).__name__,
         "zero": getattr(trainer.model_wrapped, "zero_optimization_stage", int)(),
@@ -53,7 +63,9 @@ def _result(recording: Any) -> dict[str, Any]:
         "whole": sum(getattr(p, "ds_numel", p.numel()) for p in weights),
         "optimizer": _optimizer_numbers(trainer),
         "logs": trainer.state.log_history,
-        "models": len({id(m) for m in models}),
+        "models": len(models),
+        "elements": sum(p.numel() for model in models for p in model.parameters()),
+        "frozen": sum(p.numel() for p in frozen),
         "steps": trainer.state.global_step,
     }
 

@@ -41,7 +41,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "pro": {"rl": "pro", "datasets": [LISTS]},
     "rrhf": {"rl": "rrhf", "datasets": [PAIRS]},
 }
-PACK_TOKENS = {"chats.jsonl": 96, "pairs.jsonl": 160, "lists.jsonl": 192}
+PACK_TOKENS = {"chats.jsonl": 96, "pairs.jsonl": 160, "lists.jsonl": 224}
 """A pack holds two rows of the data of equal lengths, so that the eight rows are four packs in any order."""
 
 
@@ -124,14 +124,20 @@ def config(folder: Path, models: SimpleNamespace, name: str, **changes: Any) -> 
     }
     if settings["test_datasets"] is None:
         settings["eval_strategy"] = None
-    scores = {"score_cache": str(folder / "scores")}
+    for kind in ("datasets", "test_datasets"):
+        settings[kind] = settings[kind] and [{**entry, "path": str(folder / entry["path"])} for entry in settings[kind]]
+    scores = {"score_cache": str(Path(changes["output_dir"]).parent / "scores")}  # ranks score their shares themselves
     if variant["rl"] == "poft":
         settings["poft"] = {"references": [{"model": str(models.ref_a)}], **scores}
     elif "deft" in variant:
-        settings["deft"] = {**variant["deft"], **scores}
-    for entry in [*settings["datasets"], *(settings["test_datasets"] or [])]:
-        entry |= {"path": str(folder / Path(entry["path"]).name)}
+        grader = {"reward_model": {"model": str(reward_model(models.folder))}} if variant["rl"] == "deft_dpo" else {}
+        settings["deft"] = {**variant["deft"], **grader, **scores}
     return tiny.write_config(folder / f"{changes['output_dir'].replace('/', '-')}.yml", **settings)
+
+
+def reward_model(folder: Path) -> Path:
+    """A reward model beside the other models, built once."""
+    return folder / "grader" if (folder / "grader").exists() else tiny.reward_model(folder / "grader")
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +238,8 @@ def weights(folder: Path) -> dict[str, Tensor]:
 def test_ranks_train_what_one_process_trains(stage: str, name: str, alone: Any, staged: Any, workplace: Path) -> None:
     expected, found = alone(name.removesuffix(", wide")), staged(stage)[name]
     assert found["steps"] == expected.steps == STEPS
-    assert len(expected.logs) == STEPS * (1 if VARIANTS[name].get("test_datasets", "") is None else 2)
+    evaluated = 0 if VARIANTS[name].get("test_datasets", "") is None else 1 + STEPS  # before the first step, too
+    assert len(expected.logs) == STEPS + evaluated
     for ours, theirs in zip(losses(found["logs"]), expected.logs, strict=True):
         for metric in filter(METRICS.fullmatch, theirs):
             assert ours[metric] == pytest.approx(theirs[metric], **BUDGET), metric
@@ -247,6 +254,7 @@ def test_the_engine_is_real(stage: str, name: str, staged: Any) -> None:
     """DeepSpeed's own engine at the stage that was asked for, its parts on both ranks, and one model in memory."""
     found = staged(stage)[name]
     assert found["models"] == 1
+    assert found["elements"] <= found["local"] + found["frozen"]
     assert found["engine"] == ("DistributedDataParallel" if stage == "ddp" else "DeepSpeedEngine")
     if stage == "ddp":
         return

@@ -88,12 +88,12 @@ def test_float64_equals_the_loop(function: Function, bias: bool, scale: float, s
 
 @pytest.mark.parametrize(("scale", "soft_cap"), TRANSFORMS)
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("chunk_tokens", [5, 128])
+@pytest.mark.parametrize("tile", [(5, 3), (128, 4096)])
 def test_lower_precision_is_no_worse_than_the_plain_form(
-    dtype: torch.dtype, scale: float, soft_cap: float | None, chunk_tokens: int
+    dtype: torch.dtype, scale: float, soft_cap: float | None, tile: tuple[int, int]
 ) -> None:
     def ours(**inputs: Any) -> Tensor:
-        return token_logps(**inputs, transform=LogitTransform(scale, soft_cap), chunk_tokens=chunk_tokens)
+        return token_logps(**inputs, transform=LogitTransform(scale, soft_cap), tile=tile)
 
     assert_no_worse_than_plain(ours, problem(dtype, tokens=150), oracles.transform(scale, soft_cap))
 
@@ -130,26 +130,27 @@ def test_autocast_around_backward_changes_nothing() -> None:
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.integers(0, 20), st.integers(1, 25), st.integers(0, 100))
-def test_the_chunk_size_changes_nothing(tokens: int, chunk_tokens: int, seed: int) -> None:
+@given(st.integers(0, 20), st.tuples(st.integers(1, 25), st.integers(1, 20)), st.integers(0, 100))
+def test_the_tile_changes_nothing(tokens: int, tile: tuple[int, int], seed: int) -> None:
     inputs = problem(torch.float64, tokens=tokens, seed=seed)
-    whole = values_and_gradients(token_logps, inputs, chunk_tokens=1000)
-    chunked = values_and_gradients(token_logps, inputs, chunk_tokens=chunk_tokens)
-    for a, b in zip(whole, chunked, strict=True):
+    whole = values_and_gradients(token_logps, inputs, tile=(1000, 1000))
+    tiled = values_and_gradients(token_logps, inputs, tile=tile)
+    for a, b in zip(whole, tiled, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
 
 
-def test_no_more_logits_than_a_chunk_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, project = [], room._project
+def test_no_more_logits_than_a_tile_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes, tile = [], room._Head.tile
 
-    def counting(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-        rows.append(len(hidden))
-        assert len(out) == len(hidden)
-        return project(hidden, weight, bias, out)
+    def counting(head: Any, hidden: Tensor, columns: slice) -> Tensor:
+        logits: Tensor = tile(head, hidden, columns)
+        assert logits.untyped_storage().nbytes() == 10 * (VOCABULARY - 1) * 4
+        shapes.append(tuple(logits.shape))
+        return logits
 
-    monkeypatch.setattr(room, "_project", counting)
-    token_logps(**problem(torch.float32), chunk_tokens=10).sum().backward()
-    assert rows == [10, 10, 10, 7] * 2
+    monkeypatch.setattr(room._Head, "tile", counting)
+    token_logps(**problem(torch.float32), tile=(10, VOCABULARY - 1)).sum().backward()
+    assert shapes == [(rows, columns) for rows in (10, 10, 10, 7) for columns in (VOCABULARY - 1, 1)] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -167,7 +168,7 @@ def test_gradcheck(scale: float, soft_cap: float | None) -> None:
 
     def function(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return token_logps(
-            hidden, weight, inputs["targets"], bias, transform=LogitTransform(scale, soft_cap), chunk_tokens=2
+            hidden, weight, inputs["targets"], bias, transform=LogitTransform(scale, soft_cap), tile=(2, 3)
         )
 
     assert gradcheck(function, (inputs["hidden"], inputs["weight"], inputs["bias"]))
@@ -188,9 +189,11 @@ def test_only_what_requires_a_gradient_gets_one(wanted: str) -> None:
 def test_a_frozen_head_costs_no_gradient_of_its_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = problem(torch.float32)
     inputs["weight"].requires_grad_(False)
-    monkeypatch.setattr(room, "_add_outer", None)
+    products: list[tuple[int, ...]] = []
+    add = room._add_product
+    monkeypatch.setattr(room, "_add_product", lambda total, *parts: products.append(total.shape) or add(total, *parts))
     token_logps(**inputs).sum().backward()
-    assert inputs["hidden"].grad is not None
+    assert products == [inputs["hidden"].shape]
 
 
 def test_a_second_derivative_is_an_error_not_a_wrong_number() -> None:
@@ -226,9 +229,10 @@ def test_shapes_that_do_not_fit_are_refused(hidden: Any, weight: Any, targets: A
         token_logps(torch.zeros(hidden), torch.zeros(weight), torch.zeros(targets, dtype=torch.long))
 
 
-def test_a_chunk_of_no_tokens_is_refused() -> None:
-    with pytest.raises(ValueError, match="chunk_tokens: 0; at least 1"):
-        token_logps(torch.zeros(1, 2), torch.zeros(3, 2), torch.zeros(1, dtype=torch.long), chunk_tokens=0)
+@pytest.mark.parametrize("tile", [(0, 5), (5, 0)])
+def test_a_tile_of_nothing_is_refused(tile: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=r"tile: \(\d, \d\); tokens and vocabulary, at least 1 each"):
+        token_logps(torch.zeros(1, 2), torch.zeros(3, 2), torch.zeros(1, dtype=torch.long), tile=tile)
 
 
 X = -100
