@@ -77,7 +77,7 @@ def test_log_probabilities_are_no_worse_than_the_plain_form(dtype: torch.dtype, 
     targets = torch.randint(0, vocabulary, (300,), device=DEVICE)
 
     def run(function: Any, kind: torch.dtype, **settings: Any) -> list[Tensor]:
-        leaves = [tensor.to(dtype).to(kind).requires_grad_() for tensor in (hidden, weight)]
+        leaves = [tensor.to(dtype).to(kind, copy=True).requires_grad_() for tensor in (hidden, weight)]
         logps = function(*leaves, targets, **settings)
         logps.sum().backward()
         return [logps.detach().double(), *(leaf.grad.double() for leaf in leaves)]
@@ -288,6 +288,8 @@ def test_a_short_training_of_each_method(
     policy: Path, tmp_path: Path, name: str, attention: str, unpacked: Any
 ) -> None:
     """transformers' Trainer, packed: the loss falls, and is that of the unpacked run with plain attention."""
+    if DEVICE == "cpu" and attention == "flex_attention":
+        pytest.skip("flex attention has no backward on a CPU")
     losses = train(policy, tmp_path, name, packed=True, attention=attention)
     assert len(losses) == 3
     assert losses[-1] < losses[0]
