@@ -38,6 +38,22 @@ def check_linear_head(cfg: DictDefault) -> None:
         )
 
 
+def check_no_window(cfg: DictDefault) -> None:
+    """Refuses a policy whose tokens do not see their whole sequence, where prompts are shared.
+
+    Raises:
+        ValueError: naming the model, its window and the remedies.
+    """
+    config = load_model_config(cfg).get_text_config()
+    for name in ("sliding_window", "attention_chunk_size"):
+        window = getattr(config, name, None)
+        if window is not None and window < cfg.sequence_len:
+            raise ValueError(
+                f"share_prompt: true with base_model {cfg.base_model}: its {name} of {window} tokens is shorter than "
+                f"sequence_len {cfg.sequence_len}. Set `share_prompt: false`, or lower `sequence_len`"
+            )
+
+
 def _quantization(cfg: DictDefault, dtype: str) -> dict[str, Any] | None:
     """What the host passes to bitsandbytes; full fine-tuning has none."""
     if cfg.load_in_8bit:

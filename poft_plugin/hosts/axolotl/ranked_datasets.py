@@ -9,7 +9,7 @@ from datasets import Dataset
 from datasets.table import InMemoryTable
 
 from poft_plugin.data.columns import ORDER, RANKED_INPUT_IDS, RANKED_LABELS, ROW_INDEX, ROW_KEY, SEQUENCE_LENGTHS
-from poft_plugin.data.groups import group_lengths, in_order, lay_out, longest_sequences
+from poft_plugin.data.groups import in_order, lay_out, longest_sequences
 from poft_plugin.data.preparation import Rows, RunContext
 
 LOG = get_logger("axolotl.poft_plugin")  # the host shows messages of its own namespace only
@@ -40,15 +40,17 @@ def short_enough(rows: Rows, cfg: DictDefault) -> np.ndarray:
     return keep
 
 
-def check_pack(rows: Rows, cfg: DictDefault) -> None:
+def check_pack(rows: Rows, lengths: np.ndarray, cfg: DictDefault) -> None:
     """Refuses packs that cannot hold the largest group: the sequences of a sample stay together.
+
+    Args:
+        rows: of the training set, for the message.
+        lengths: `(n,)`, tokens of each row as it is laid out.
+        cfg: the host's config.
 
     Raises:
         ValueError: naming the row, its tokens, a pack's tokens and the remedies.
     """
-    if not cfg.sample_packing:
-        return
-    lengths = group_lengths(rows)
     worst, length = int(lengths.argmax()), int(lengths.max())
     # the host packs `micro_batch_size` rows, or, where attention takes any length, one row of as many tokens
     rows_apart = cfg.multipack_real_batches
@@ -79,12 +81,12 @@ def check_one_step(count: int, cfg: DictDefault, context: RunContext) -> None:
         )
 
 
-def laid_out(rows: Rows, names: list[str]) -> Dataset:
+def laid_out(rows: Rows, names: list[str], *, share_prompts: bool = False) -> Dataset:
     """The data set that the trainer gets: tokens of whole groups, from best to worst, and the method's columns."""
     order = rows.attached.get(ORDER)
     columns = {name: _column(rows.attached[name], order) for name in names if name != ORDER}
     columns |= {ROW_KEY: rows.keys, ROW_INDEX: pa.array(np.arange(len(rows)))}
-    table = lay_out(rows)
+    table = lay_out(rows, share_prompts=share_prompts)
     for name, values in columns.items():
         table = table.append_column(name, values)
     return Dataset(InMemoryTable(table))
