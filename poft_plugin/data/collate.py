@@ -110,7 +110,7 @@ def _split(row: Row) -> list[Row]:
         return [row]
     ends = list(accumulate(_lengths(row)))
     names = [name for name in PER_TOKEN if name in row]
-    sequences = []
+    sequences: list[Row] = []
     for start, end in zip([0, *ends[:-1]], ends, strict=True):
         sequence = {name: row[name][start:end] for name in names}
         prompt = int(row["position_ids"][start]) if "position_ids" in row else 0
