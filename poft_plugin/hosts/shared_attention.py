@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from poft_plugin.hosts.packed_attention import packed_mask, sequence_lengths
 from poft_plugin.losses import response_positions
-from poft_plugin.losses.head import PROBE_TOLERANCE
+from poft_plugin.losses.head import PROBE_TOLERANCE, unwrapped
 from poft_plugin.losses.logps import IGNORED
 
 NAME = "poft_shared_sdpa"
@@ -39,7 +39,7 @@ def use_shared_attention(model: nn.Module) -> None:
     Raises:
         ValueError: if it attends in another way.
     """
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = unwrapped(model)
     asked = inner.config.get_text_config()._attn_implementation
     if asked not in ("sdpa", NAME):
         raise ValueError(f"share_prompt: true with attn_implementation: {asked!r}: set it to sdpa")
@@ -162,7 +162,7 @@ def check_shared_prompts(model: nn.Module, vocabulary: int, device: torch.device
     worst = float((together - plain).abs().max())
     if not worst <= PROBE_TOLERANCE * max(1.0, float(plain.abs().max()) / 10):
         raise ValueError(
-            f"share_prompt: true: {type(model).__name__} gives log-probabilities that differ by {worst:.3g} nats from "
+            f"share_prompt: true: {type(unwrapped(model)).__name__} gives log-probabilities that differ by {worst:.3g} nats from "
             f"those of each response with a prompt of its own. {REMEDY}"
         )
 

@@ -20,9 +20,8 @@ PAIRS, LISTS = "chat_template.default", "poft_plugin.ranked"
 METHODS: dict[str, dict[str, Any]] = {
     "deft_dpo": {"rl": "deft_dpo", "type": PAIRS, "rl_beta": 0.3},
     "deft_pro": {"rl": "deft_pro", "type": LISTS, "reward_over": "all"},
-    "rrhf": {"rl": "rrhf", "type": LISTS},
     "deft_dpo lora": {"rl": "deft_dpo", "type": PAIRS, **LORA, "learning_rate": 1.0},
-    "deft_pro checkpointed": {"rl": "deft_pro", "type": LISTS, "gradient_checkpointing": True},
+    "pro checkpointed": {"rl": "pro", "type": LISTS, "gradient_checkpointing": True},
 }
 every_method = pytest.mark.parametrize("name", METHODS)
 
@@ -99,6 +98,7 @@ def test_losses_and_weights_are_those_of_the_packed_run(runs: Any, name: str) ->
         assert expected.keys() == found.keys()
         for parameter, gradient in expected.items():
             torch.testing.assert_close(found[parameter], gradient, rtol=1e-3, atol=1e-5 * scale)
+    assert shared.trainer.model.is_gradient_checkpointing == ("checkpointed" in name)
     ours = dict(shared.trainer.model.named_parameters())
     moved = {key: (p.detach() - packed.initial[key]).abs().max() for key, p in packed.trainer.model.named_parameters()}
     far = float(max(moved.values()))
@@ -142,6 +142,6 @@ def test_a_model_that_cannot_is_refused_before_its_first_step(
 ) -> None:
     """Here one whose attention takes each run of a pack for a whole sequence."""
     monkeypatch.setattr("poft_plugin.hosts.shared_attention.shared_attention", packed_attention)
-    path = settings(in_folder, models, share=True, **{**METHODS["rrhf"], "val_set_size": 0, "eval_strategy": "no"})
+    path = settings(in_folder, models, share=True, rl="rrhf", type=LISTS, val_set_size=0, eval_strategy="no")
     with pytest.raises(ValueError, match=r"share_prompt: true: LlamaForCausalLM gives .* set `share_prompt: false`"):
         hosting.train(path)
