@@ -162,8 +162,8 @@ def check_shared_prompts(model: nn.Module, vocabulary: int, device: torch.device
     worst = float((together - plain).abs().max())
     if not worst <= PROBE_TOLERANCE * max(1.0, float(plain.abs().max()) / 10):
         raise ValueError(
-            f"share_prompt: true: {type(unwrapped(model)).__name__} gives log-probabilities that differ by {worst:.3g} nats from "
-            f"those of each response with a prompt of its own. {REMEDY}"
+            f"share_prompt: true: {type(unwrapped(model)).__name__} gives log-probabilities that differ by {worst:.3g} "
+            f"nats from those of each response with a prompt of its own. {REMEDY}"
         )
 
 
