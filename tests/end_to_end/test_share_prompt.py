@@ -137,6 +137,21 @@ def test_the_same_sequences_from_fewer_tokens(runs: Any, name: str) -> None:
     assert packed.eval_dataset[:] == shared.eval_dataset[:]
 
 
+def test_fewer_packs_hold_the_same_rows(models: SimpleNamespace, in_folder: Path) -> None:
+    """The host fills its packs by the tokens that lie there; whatever it does, each of them is padded to one length."""
+    packs, rows = {}, {}
+    for share in (False, True):
+        changes = {"sequence_len": 320, "val_set_size": 0, "eval_strategy": "no", "max_steps": 1}
+        trainer = hosting.train(settings(in_folder, models, share=share, rl="pro", type=LISTS, **changes)).trainer
+        batches = list(trainer.get_train_dataloader())
+        packs[share] = len(batches)
+        rows[share] = sorted(index for batch in batches for index in batch["row_index"].tolist())
+        assert all(batch["input_ids"].shape == (1, 320) for batch in batches)
+        assert all(batch.get("attention_mask") is None for batch in batches)
+    assert rows[True] == rows[False]
+    assert packs[True] < packs[False]
+
+
 def test_a_model_that_cannot_is_refused_before_its_first_step(
     models: SimpleNamespace, in_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,7 @@ from poft_plugin.hosts.axolotl.ranked_datasets import (
     check_pack,
     laid_out,
     not_in_evaluation,
+    pack_tokens,
     short_enough,
 )
 from poft_plugin.hosts.axolotl.run import MethodRun
@@ -92,7 +93,7 @@ def prepare(
     run.check()
     if run.share_prompts:
         check_share_prompt(cfg)
-        check_no_window(cfg)
+        check_no_window(cfg, pack_tokens(cfg))
     if run.method.needs_start_policy and cfg.lora_model_dir:
         raise ValueError(
             f"lora_model_dir: {cfg.lora_model_dir!r}: `rl: {run.method.name}` would begin with base model and adapter, "

@@ -38,8 +38,14 @@ def check_linear_head(cfg: DictDefault) -> None:
         )
 
 
-def check_no_window(cfg: DictDefault) -> None:
-    """Refuses a policy whose tokens do not see their whole sequence, where prompts are shared.
+def check_no_window(cfg: DictDefault, pack_tokens: int) -> None:
+    """Refuses a policy whose tokens do not see all that comes before them in a pack, where prompts are shared.
+
+    A sequence is no longer than `sequence_len`, but the host pads a pack with a run of tokens that may be.
+
+    Args:
+        cfg: the host's config.
+        pack_tokens: that a pack holds.
 
     Raises:
         ValueError: naming the model, its window and the remedies.
@@ -47,10 +53,10 @@ def check_no_window(cfg: DictDefault) -> None:
     config = load_model_config(cfg).get_text_config()
     for name in ("sliding_window", "attention_chunk_size"):
         window = getattr(config, name, None)
-        if window is not None and window < cfg.sequence_len:
+        if window is not None and window < pack_tokens:
             raise ValueError(
-                f"share_prompt: true with base_model {cfg.base_model}: its {name} of {window} tokens is shorter than "
-                f"sequence_len {cfg.sequence_len}. Set `share_prompt: false`, or lower `sequence_len`"
+                f"share_prompt: true with base_model {cfg.base_model}: its {name} of {window} tokens is shorter than a "
+                f"pack of {pack_tokens}. Set `share_prompt: false`, or lower `sequence_len` or `micro_batch_size`"
             )
 
 

@@ -52,10 +52,7 @@ def check_pack(rows: Rows, lengths: np.ndarray, cfg: DictDefault) -> None:
         ValueError: naming the row, its tokens, a pack's tokens and the remedies.
     """
     worst, length = int(lengths.argmax()), int(lengths.max())
-    # the host packs `micro_batch_size` rows, or, where attention takes any length, one row of as many tokens
-    rows_apart = cfg.multipack_real_batches
-    rows_apart = not cfg.attn_supports_packing if rows_apart is None else rows_apart
-    capacity = cfg.sequence_len * (1 if rows_apart else cfg.micro_batch_size)
+    rows_apart, capacity = _rows_apart(cfg), pack_tokens(cfg)
     if length > capacity:
         remedy = f"`sequence_len: {length}`" if rows_apart else f"`micro_batch_size: {-(-length // cfg.sequence_len)}`"
         raise ValueError(
@@ -63,6 +60,16 @@ def check_pack(rows: Rows, lengths: np.ndarray, cfg: DictDefault) -> None:
             f"(sequence_len {cfg.sequence_len}{'' if rows_apart else f' x micro_batch_size {cfg.micro_batch_size}'}). "
             f"Set {remedy} or more, or `sample_packing: false`"
         )
+
+
+def pack_tokens(cfg: DictDefault) -> int:
+    """Tokens that a row of a packed batch holds."""
+    return int(cfg.sequence_len * (1 if _rows_apart(cfg) else cfg.micro_batch_size))
+
+
+def _rows_apart(cfg: DictDefault) -> bool:
+    """The host packs `micro_batch_size` rows, or, where attention takes any length, one row of as many tokens."""
+    return bool(not cfg.attn_supports_packing if cfg.multipack_real_batches is None else cfg.multipack_real_batches)
 
 
 def check_one_step(count: int, cfg: DictDefault, context: RunContext) -> None:

@@ -265,15 +265,15 @@ def test_refused_before_data_are_read(
         ({"attn_implementation": "flex_attention"}, "with attn_implementation: 'flex_attention': .* sdpa alone"),
         ({"attn_implementation": "flash_attention_2"}, "share_prompt: true with attn_implementation: 'flash_attenti"),
         (
-            {"base_model": "window"},
-            r"base_model window: its sliding_window of 64 tokens .* sequence_len 512\. Set `share",
+            {"base_model": "window", "micro_batch_size": 2, "multipack_real_batches": False},
+            r"base_model window: its sliding_window of 600 tokens .* a pack of 1024\. Set `share",
         ),
     ],
 )
 def test_prompts_that_cannot_be_shared_are_refused_before_data_are_read(
     models: SimpleNamespace, in_folder: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], message: str
 ) -> None:
-    window = MistralConfig.from_pretrained(tiny.policy(in_folder / "window"), sliding_window=64)
+    window = MistralConfig.from_pretrained(tiny.policy(in_folder / "window"), sliding_window=600)
     window.save_pretrained(in_folder / "window")
     path = config(models, in_folder, deft={"share_prompt": True}, **{"sample_packing": True, **settings})
     monkeypatch.setattr(
