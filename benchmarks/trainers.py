@@ -54,6 +54,11 @@ class Sample:
         """Tokens of all sequences."""
         return sum(len(self.prompt) + len(response) for response in self.responses)
 
+    @property
+    def shared(self) -> int:
+        """Tokens where the prompt lies in a pack once."""
+        return len(self.prompt) + sum(map(len, self.responses))
+
 
 SIZES = {"tiny": (64, 2), "toy": (256, 4), "1b": (2048, 20)}
 """Hidden numbers and layers."""
@@ -138,27 +143,34 @@ def hh_pairs(data: Path | None, count: int, *, vocabulary: int, longest: int = 7
     return samples
 
 
-def packs(samples: Sequence[Sample], tokens: int) -> list[list[Sample]]:
-    """First-fit packs of at most so many tokens, the last one too."""
+def packs(samples: Sequence[Sample], tokens: int, *, shared: bool = False) -> list[list[Sample]]:
+    """First-fit packs of at most so many tokens, the last one too; with shared prompts, where they lie there once."""
+
+    def length(sample: Sample) -> int:
+        return sample.shared if shared else len(sample)
+
     bins: list[list[Sample]] = []
     free: list[int] = []
-    for sample in sorted(samples, key=len, reverse=True):
-        place = next((number for number, room in enumerate(free) if room >= len(sample)), None)
+    for sample in sorted(samples, key=length, reverse=True):
+        place = next((number for number, room in enumerate(free) if room >= length(sample)), None)
         if place is None:
             place = len(bins)
             bins.append([])
             free.append(tokens)
         bins[place].append(sample)
-        free[place] -= len(sample)
+        free[place] -= length(sample)
     return bins
 
 
-def batch(method: str, samples: Sequence[Sample] | Sequence[Sequence[Sample]], **columns: Any) -> dict[str, Any]:
+def batch(
+    method: str, samples: Sequence[Sample] | Sequence[Sequence[Sample]], *, shared: bool = False, **columns: Any
+) -> dict[str, Any]:
     """A micro-batch as the plugin's collator lays it out: of samples, or, packed, of packs of samples.
 
     Args:
         method: an rl type.
         samples: of the micro-batch.
+        shared: whether each prompt lies in a pack once.
         columns: functions from a sample to its numbers, one per response.
     """
     packed = bool(samples) and not isinstance(samples[0], Sample)
@@ -166,21 +178,24 @@ def batch(method: str, samples: Sequence[Sample] | Sequence[Sequence[Sample]], *
     collator = host_collator(cfg, registry().methods[method], is_eval=False)
     collate = collator(tiny_tokenizer(), padding=True, pad_to_multiple_of=MULTIPLE, return_tensors="pt")
     numbered: list[Any] = [samples] if not packed else list(samples)
-    rows = [[_row(sample, columns) for sample in pack] for pack in numbered]
+    rows = [[_row(sample, columns, shared=shared) for sample in pack] for pack in numbered]
     for row in [row for pack in rows for row in pack] if packed else []:
         del row["attention_mask"]  # as the host does: the model reads the packing off the position ids
     return collate(rows if packed else rows[0])
 
 
-def _row(sample: Sample, columns: Mapping[str, Any]) -> dict[str, Any]:
-    sequences = [sample.prompt + response for response in sample.responses]
-    labels = [[-100] * len(sample.prompt) + response for response in sample.responses]
+def _row(sample: Sample, columns: Mapping[str, Any], *, shared: bool) -> dict[str, Any]:
+    prompt = len(sample.prompt)
+    begins = [prompt if shared and place else 0 for place in range(len(sample.responses))]
+    sequences = [sample.prompt[begin:] + own for begin, own in zip(begins, sample.responses, strict=True)]
+    labels = [[-100] * (prompt - begin) + own for begin, own in zip(begins, sample.responses, strict=True)]
+    positions = [range(begin, begin + len(ids)) for begin, ids in zip(begins, sequences, strict=True)]
     tokens = [token for sequence in sequences for token in sequence]
     return {
         "input_ids": tokens,
         "labels": [label for part in labels for label in part],
         "attention_mask": [1] * len(tokens),
-        "position_ids": [position for sequence in sequences for position in range(len(sequence))],
+        "position_ids": [position for part in positions for position in part],
         "sequence_lengths": [len(sequence) for sequence in sequences],
         "row_index": 0,
         **{name: values(sample) for name, values in columns.items()},

@@ -50,6 +50,9 @@ class RankingConfig(Block):
     rank_by: Literal["label", "reward"] = Field(
         "label", description="Order of a row's responses: label (as the data say) | reward (the reward model's)."
     )
+    share_prompt: bool = Field(
+        False, description="In a pack, read a row's prompt once for all its responses; needs packing with `sdpa`."
+    )
     reward_model: RewardModelConfig | None = Field(
         None, description="The model that scores responses; null where the data carry scores, or none are needed."
     )

@@ -6,6 +6,9 @@ A dataset row is one *sample*. It holds one or more sequences end to end in `inp
 they end; without that column a row is one sequence). Packed, samples lie in a pack as they are; unpacked, every
 sequence becomes a row of its own. The host's own collator lays the tokens out; this one takes the per-sequence columns
 out before and puts them back beside the tokens, as flat tensors in the order of the sequences.
+
+A sample may hold a prompt once for all of its sequences (`groups.shared`): in front of the first, whose number its
+tokens bear. The others' position ids then begin behind it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -102,12 +105,19 @@ def _lengths(row: Row) -> list[int]:
 
 
 def _split(row: Row) -> list[Row]:
-    """The sequences of a sample, each as a row; position ids are left to the model."""
+    """The sequences of a sample, each as a row with its prompt; position ids are left to the model."""
     if SEQUENCE_LENGTHS not in row:
         return [row]
     ends = list(accumulate(_lengths(row)))
     names = [name for name in PER_TOKEN if name in row]
-    return [{name: row[name][start:end] for name in names} for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    sequences: list[Row] = []
+    for start, end in zip([0, *ends[:-1]], ends, strict=True):
+        sequence = {name: row[name][start:end] for name in names}
+        prompt = int(row["position_ids"][start]) if "position_ids" in row else 0
+        if prompt:
+            sequence = {name: [*row[name][:prompt], *part] for name, part in sequence.items()}
+        sequences.append(sequence)
+    return sequences
 
 
 def _as_list(value: Any, length: int) -> list[float]:

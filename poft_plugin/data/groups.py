@@ -1,5 +1,8 @@
 """Ranked rows as the batch layout wants them: the sequences of a sample end to end, position ids restarting at each.
 
+Where prompts are shared, what the sequences of a sample begin with in common lies there once, in front of the first:
+`[prompt response][response][response]`. The other responses keep their position ids, which say what they go on from.
+
 Axes: n rows (samples), S sequences of all rows, N tokens of all rows.
 """
 
@@ -21,28 +24,62 @@ def longest_sequences(rows: Rows) -> np.ndarray:
     return np.maximum.reduceat(lengths, starts) if len(starts) else np.zeros(0, dtype=np.int64)
 
 
-def group_lengths(rows: Rows) -> np.ndarray:
-    """`(n,)`: tokens of each row, all of its sequences together."""
-    lengths, starts = _sequences(rows.table)
-    return np.add.reduceat(lengths, starts) if len(starts) else np.zeros(0, dtype=np.int64)
-
-
-def lay_out(rows: Rows) -> pa.Table:
+def lay_out(rows: Rows, *, share_prompts: bool = False) -> pa.Table:
     """Token columns for the trainer, the sequences of each row from best to worst.
 
     Args:
         rows: ranked rows; where `order` is attached, it says which response comes when.
+        share_prompts: leave a row's common prompt out of all its sequences but the first.
 
     Returns:
-        `input_ids`, `labels`, `attention_mask`, `position_ids` (restarting at each sequence), `sequence_lengths` and
-        `length` (all of a row's tokens).
+        `input_ids`, `labels`, `attention_mask`, `position_ids` (restarting at each sequence; behind the prompt that is
+        shared), `sequence_lengths` (tokens that lie there) and `length` (all of a row's tokens).
     """
     order = rows.attached.get(ORDER)
     parts = []
     for start in range(0, max(len(rows), 1), CHUNK_ROWS):
         part = slice(start, start + CHUNK_ROWS)
-        parts.append(_lay_out(rows.table.slice(start, CHUNK_ROWS), None if order is None else order[part]))
+        table = _lay_out(rows.table.slice(start, CHUNK_ROWS), None if order is None else order[part])
+        parts.append(shared(table) if share_prompts else table)
     return pa.concat_tables(parts)
+
+
+def shared(table: pa.Table) -> pa.Table:
+    """Takes a row's common prompt out of all its sequences but the first.
+
+    Args:
+        table: as `lay_out` gives it, its sequences whole.
+
+    Returns:
+        The same columns. A prompt is the longest run of tokens that all sequences of the row begin with, up to the
+        first label that counts in any of them; rows whose sequences share none stay as they are.
+
+    Examples:
+        >>> def lists(*values): return pa.array([values], pa.large_list(pa.int32()))
+        >>> ids, labels = lists(5, 6, 7, 5, 6, 8), lists(-100, -100, 7, -100, -100, 8)
+        >>> plain = {"input_ids": ids, "labels": labels, "attention_mask": ids, "position_ids": lists(0, 1, 2, 0, 1, 2)}
+        >>> table = shared(pa.table({**plain, "sequence_lengths": lists(3, 3), "length": [6]}))
+        >>> [table[name][0].as_py() for name in ("input_ids", "position_ids", "sequence_lengths", "length")]
+        [[5, 6, 7, 8], [0, 1, 2, 2], [3, 1], 4]
+    """
+    lengths, starts = _sequences(table)
+    if not len(lengths):
+        return table
+    position = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    row = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(lengths))))
+    prompt = _prompt_lengths(table, lengths, starts)
+    first = np.zeros(len(lengths), dtype=bool)
+    first[starts] = True
+    keep = np.repeat(first, lengths) | (position >= np.repeat(prompt[row], lengths))
+    left = lengths - np.where(first, 0, prompt[row])
+    sequences = np.append(starts, len(lengths))
+    tokens = np.concatenate([[0], np.cumsum(left)])[sequences]
+    columns = {name: table[name] for name in table.column_names}
+    for name in ("input_ids", "labels", "attention_mask", "position_ids"):
+        columns[name] = _lists(tokens, _values(table, name)[keep], table[name].type.value_type.to_pandas_dtype())
+    columns[SEQUENCE_LENGTHS] = _lists(sequences, left, np.int32)
+    columns["length"] = np.diff(tokens)
+    return pa.table(columns)
 
 
 def in_order(values: np.ndarray, order: np.ndarray | None) -> list[list[float]]:
@@ -111,6 +148,20 @@ def _lay_out(table: pa.Table, order: np.ndarray | None) -> pa.Table:
             "length": np.diff(tokens),
         }
     )
+
+
+def _prompt_lengths(table: pa.Table, lengths: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """`(n,)`: tokens that all sequences of a row begin with, before any that counts."""
+    input_ids, labels = _values(table, "input_ids"), _values(table, "labels")
+    begins = np.cumsum(lengths) - lengths
+    position = np.arange(len(input_ids)) - np.repeat(begins, lengths)
+    first = np.repeat(starts, np.diff(np.append(starts, len(lengths))))  # each sequence's row's first sequence
+    there = position < np.repeat(lengths[first], lengths)
+    opposite = np.where(there, np.repeat(begins[first], lengths) + position, 0)
+    common = there & (labels < 0) & (input_ids == input_ids[opposite])
+    # a token is left to every sequence, whatever counts in it
+    agreed = np.minimum.reduceat(np.where(common, np.repeat(lengths - 1, lengths), position), begins)
+    return np.asarray(np.minimum.reduceat(agreed, starts))
 
 
 def _lists(offsets: np.ndarray, values: np.ndarray, dtype: type) -> pa.LargeListArray:

@@ -115,8 +115,7 @@ def packed_attention(
     assert kwargs.get("position_bias") is None, "a bias on positions is not known here"
     rows = []
     for row, starts in enumerate(attention_mask):
-        places = starts.nonzero().squeeze(-1).tolist()
-        lengths = [end - start for start, end in zip(places, [*places[1:], len(starts)], strict=True)]
+        lengths = sequence_lengths(starts)
         parts = (tensor[row : row + 1].split(lengths, dim=2) for tensor in (query, key, value))
         found = [
             scaled_dot_product_attention(
@@ -126,6 +125,12 @@ def packed_attention(
         ]
         rows.append(torch.cat(found, dim=2))
     return torch.cat(rows).transpose(1, 2).contiguous(), None
+
+
+def sequence_lengths(starts: Tensor) -> list[int]:
+    """Tokens of each sequence of a row, from where they start, `(T,)`."""
+    places = starts.nonzero().squeeze(-1).tolist()
+    return [end - start for start, end in zip(places, [*places[1:], len(starts)], strict=True)]
 
 
 def _starts(mask_function: Callable[..., Tensor], rows: int, length: int, device: torch.device | str) -> Tensor | None:

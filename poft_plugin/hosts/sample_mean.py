@@ -15,6 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from poft_plugin.data.collate import GROUP_IDS, SEQUENCE_IDS
 from poft_plugin.data.columns import ROW_INDEX, SCORES
+from poft_plugin.hosts.shared_attention import check_shared_prompts, use_shared_attention
 from poft_plugin.losses import LanguageModel, install_response_forward, mean_logps, response_positions, sum_logps
 from poft_plugin.losses.head import check_head
 from poft_plugin.trainers.metrics import MetricSums, merged
@@ -43,7 +44,13 @@ class SampleMeanTrainer(Trainer):
     parts: LanguageModel
 
     def set_up(
-        self, model: nn.Module, *, step: Step, columns: tuple[str, ...], discrepancy: Tensor | None = None
+        self,
+        model: nn.Module,
+        *,
+        step: Step,
+        columns: tuple[str, ...],
+        discrepancy: Tensor | None = None,
+        share_prompts: bool = False,
     ) -> None:
         """Teaches the model to answer with log-probabilities and takes the method's step.
 
@@ -52,8 +59,11 @@ class SampleMeanTrainer(Trainer):
             step: of the method.
             columns: names of the numbers that a batch carries for each sequence.
             discrepancy: `(V,)`, where the step wants distribution rewards.
+            share_prompts: whether packs hold the prompt of a sample once, for all of its responses.
         """
-        self.step, self.columns = step, columns
+        self.step, self.columns, self.share_prompts = step, columns, share_prompts
+        if share_prompts:
+            use_shared_attention(model)
         self.parts = install_response_forward(model, discrepancy)
         self.training_sums = MetricSums()
         self.head_checked, self.starved = False, 0
@@ -87,7 +97,9 @@ class SampleMeanTrainer(Trainer):
         if missing:
             raise ValueError(f"a batch without {', '.join(missing)}: the data set did not come through the plugin")
         self._check_head_once(model, inputs["input_ids"].device)
-        positions, targets, numbers = response_positions(inputs["labels"], inputs[SEQUENCE_IDS])
+        positions, targets, numbers = response_positions(
+            inputs["labels"], inputs[SEQUENCE_IDS], inputs.get("position_ids") if self.share_prompts else None
+        )
         given = {name: inputs[name] for name in MODEL_INPUTS if inputs.get(name) is not None}
         answer = model(**given, use_cache=False, response_positions=positions, response_targets=targets)
         logps, scores = answer if isinstance(answer, tuple) else (answer, None)
@@ -99,7 +111,10 @@ class SampleMeanTrainer(Trainer):
 
     def _check_head_once(self, model: nn.Module, device: torch.device) -> None:
         if not self.head_checked:
-            check_head(model, self.parts.transform, int(self.model.config.get_text_config().vocab_size), device)
+            vocabulary = int(self.model.config.get_text_config().vocab_size)
+            check_head(model, self.parts.transform, vocabulary, device)
+            if self.share_prompts:
+                check_shared_prompts(model, vocabulary, device)
             self.head_checked = True
 
     def _get_num_items_in_batch(self, batch_samples: list[Mapping[str, Any]], device: torch.device) -> Tensor:

@@ -11,11 +11,11 @@ from poft_plugin.losses.logps import (
     LogitTransform,
     mean_logps,
     plain_token_logps,
-    response_positions,
     sum_logps,
     token_logps,
 )
 from poft_plugin.losses.poft import poft_coefficient, poft_loss
+from poft_plugin.losses.positions import response_positions
 from poft_plugin.losses.pro import pro_loss
 from poft_plugin.losses.rrhf import rrhf_loss
 from poft_plugin.losses.sft import sft_loss

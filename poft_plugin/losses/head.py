@@ -50,7 +50,7 @@ def language_model(model: nn.Module) -> LanguageModel:
     Raises:
         ValueError: if the head is not a plain linear layer (a LoRA-wrapped head, say), with the remedy.
     """
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     config = inner.config
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     scale = float(getattr(text_config, "logit_scale", None) or 1.0)
@@ -81,7 +81,7 @@ def install_response_forward(model: nn.Module, discrepancy: Tensor | None = None
         ValueError: as `language_model`; with a discrepancy also if it has more tokens than the head, or the model
             soft-caps its logits.
     """
-    parts, inner = language_model(model), _unwrapped(model)
+    parts, inner = language_model(model), unwrapped(model)
     kept: Any = parts.head
     # neither parameter nor buffer: it is not saved, not synchronised and not cast to the model's precision
     kept.discrepancy = None if discrepancy is None else _for_head(discrepancy, parts, type(inner).__name__)
@@ -115,13 +115,14 @@ def check_head(model: nn.Module, transform: LogitTransform, vocabulary: int, dev
     worst = float((ours - plain).abs().max())
     if not worst <= PROBE_TOLERANCE * max(1.0, float(plain.abs().max()) / 10):
         raise ValueError(
-            f"{type(_unwrapped(model)).__name__}: log-probabilities from its hidden states differ from its own logits "
+            f"{type(unwrapped(model)).__name__}: log-probabilities from its hidden states differ from its own logits "
             f"by {worst:.3g} nats; it does something after its head that is not known here (known: {transform}). "
             "This architecture cannot be used"
         )
 
 
-def _unwrapped(model: Any) -> Any:
+def unwrapped(model: Any) -> Any:
+    """The model below its wrappers: DDP's and DeepSpeed's, then PEFT's."""
     while hasattr(model, "module") and isinstance(model.module, nn.Module):
         model = model.module
     return model.get_base_model() if hasattr(model, "get_base_model") else model

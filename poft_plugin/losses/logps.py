@@ -154,31 +154,6 @@ def mean_logps(logps: Tensor, sequence_ids: Tensor, num_sequences: int) -> tuple
     return sums / counts.clamp(min=1), counts
 
 
-def response_positions(labels: Tensor, sequence_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    r"""Where the counted tokens of a batch are predicted: the shift and the mask, in one place.
-
-    A counted token at position t of its sequence is predicted by the hidden state at t - 1 of the *same* sequence; the
-    first token of a sequence is predicted by nothing and never counts.
-
-    Args:
-        labels: `(R, L)` token ids, -100 where a token does not count.
-        sequence_ids: `(R, L)` number of the sequence that each token belongs to, -1 on padding.
-
-    Returns:
-        `(N,)` positions in the flattened `(R * L)` hidden states, `(N,)` target ids, `(N,)` sequence numbers.
-
-    Examples:
-        >>> labels, sequences = torch.tensor([[-100, 7, 5, 6]]), torch.tensor([[0, 0, 1, 1]])
-        >>> [t.tolist() for t in response_positions(labels, sequences)]
-        [[0, 2], [7, 6], [0, 1]]
-    """
-    counted = torch.zeros_like(labels, dtype=torch.bool)
-    same = (sequence_ids[:, 1:] == sequence_ids[:, :-1]) & (sequence_ids[:, 1:] >= 0)
-    counted[:, 1:] = (labels[:, 1:] != IGNORED) & same
-    positions = counted.flatten().nonzero().squeeze(-1) - 1
-    return positions, labels[counted], sequence_ids[counted]
-
-
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
     device_type = hidden.device.type
     if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device_type):

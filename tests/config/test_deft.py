@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from poft_plugin.config import DeftConfig, DpoKeys, RankingConfig, RewardModelConfig, parse_block
 
-RANKING = {"sft_weight": None, "pro_temperature": None, "rank_by": "label", "reward_model": None}
+RANKING = {"sft_weight": None, "pro_temperature": None, "rank_by": "label", "share_prompt": False, "reward_model": None}
 DEFT = {
     "top_percent": 3.73,
     "bottom_percent": 12.5,
@@ -108,10 +108,10 @@ def test_levels_are_needed_by_the_choice_of_rows_and_by_the_reward(settings: dic
 
 
 NESTED = r"deft\.reward_model\."
-KEYS_OF_RANKING = "pro_temperature, rank_by, reward_model, sft_weight"
+KEYS_OF_RANKING = "pro_temperature, rank_by, reward_model, sft_weight, share_prompt"
 KEYS_OF_DEFT = (
     "batch_tokens, bottom_percent, grade_within, missing_scores, omega, pro_temperature, rank_by, reward_model, "
-    "reward_over, score_cache, sft_weight, top_percent, train_on"
+    "reward_over, score_cache, sft_weight, share_prompt, top_percent, train_on"
 )
 KEYS_OF_A_REWARD_MODEL = "chat_template, dtype, max_length, model, revision, system_turns, trust_remote_code"
 

@@ -145,6 +145,32 @@ def test_several_sequences_padded_on_the_left(packed: bool) -> None:
     assert batch["sequence_ids"].tolist() == (together if packed else apart)
 
 
+SHARED = {  # a prompt of two tokens, then three responses
+    "input_ids": [1, 2, 3, 4, 5, 6, 7],
+    "labels": [X, X, 3, 4, X, 6, 7],
+    "attention_mask": [1] * 7,
+    "position_ids": [0, 1, 2, 3, 2, 3, 2],
+    "sequence_lengths": [4, 2, 1],
+    "score": [-1.0, -2.0, -3.0],
+}
+
+
+def test_a_shared_prompt_bears_the_first_responses_number() -> None:
+    batch = collate([[SHARED, ONE]], packing)
+    assert batch["sequence_ids"].tolist() == [[0, 0, 0, 0, 1, 1, 2, 3, 3, -1, -1, -1]]
+    assert batch["group_ids"].tolist() == [0, 0, 0, 1]
+    assert batch["score"].tolist() == [-1, -2, -3, -3]
+    positions = torch.tensor([[*SHARED["position_ids"], 0, 1, 0, 1, 2]])
+    found = response_positions(batch["labels"], batch["sequence_ids"], positions)
+    assert [values.tolist() for values in found] == [[1, 2, 4, 1, 7], [3, 4, 6, 7, 7], [0, 0, 1, 2, 3]]
+
+
+def test_unpacked_every_response_has_its_prompt() -> None:
+    whole = sample([1, 2, 3, 4], [1, 2, 5, 6], [1, 2, 7], score=SHARED["score"])
+    whole["labels"] = [X, X, 3, 4, X, X, X, 6, X, X, 7]
+    assert as_lists(collate([SHARED, ONE])) == as_lists(collate([whole, ONE]))
+
+
 def test_what_the_host_is_given() -> None:
     """Packed, position ids say where sequences end; a sequence alone in its row needs none."""
     seen: list[Row] = []

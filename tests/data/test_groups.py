@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 
 from poft_plugin.data import groups
-from poft_plugin.data.groups import group_lengths, in_order, lay_out, longest_sequences, ragged, responses
+from poft_plugin.data.groups import in_order, lay_out, longest_sequences, ragged, responses
 from poft_plugin.data.preparation import Rows
 
 X = -100
@@ -114,6 +114,83 @@ def test_rows_are_laid_out_as_by_a_loop(
     assert lay_out(rows(found, attach=attach, chunks=chunks)).to_pydict() == expected(found)
 
 
+def in_common(sequences: list[TokensAndLabels]) -> int:
+    """Tokens that all sequences begin with, none of them counted, and no sequence's last one."""
+    shortest = min(len(ids) for ids, _ in sequences)
+    for position in range(shortest - 1):
+        here = {ids[position] for ids, _ in sequences}
+        if len(here) > 1 or any(labels[position] != X for _, labels in sequences):
+            return position
+    return shortest - 1
+
+
+def with_prompts(count: int, *, shuffled: bool) -> list[Sample]:
+    """Random rows that begin alike: a prompt of up to five tokens of two kinds, which mostly does not count."""
+    rng, found = random.Random(5), samples(count, seed=5, shuffled=shuffled)
+    for sample in found:
+        prompt = [rng.randint(0, 1) for _ in range(rng.randint(0, 5))]
+        labels = [X if rng.random() < 0.95 else token for token in prompt]
+        sample.sequences = [(prompt + ids, labels + counted) for ids, counted in sample.sequences]
+    return found
+
+
+def test_a_shared_prompt_by_hand() -> None:
+    """Tokens 5 and 6 are common to all; 7 is, too, but counts in one of them."""
+    best, second, worst = ([5, 6, 7, 1], [X, X, X, 1]), ([5, 6, 7, 2], [X, X, 7, 2]), ([5, 6, 7], [X, X, 7])
+    assert lay_out(rows([Sample([best, second, worst])], attach=False), share_prompts=True).to_pylist() == [
+        {
+            "input_ids": [5, 6, 7, 1, 7, 2, 7],
+            "labels": [X, X, X, 1, 7, 2, 7],
+            "attention_mask": [1] * 7,
+            "position_ids": [0, 1, 2, 3, 2, 3, 2],
+            "sequence_lengths": [4, 2, 1],
+            "length": 7,
+        }
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sequences", "prompt"),
+    [
+        pytest.param([([1, 2], [X, 2]), ([3, 2], [X, 2])], 0, id="nothing-in-common"),
+        pytest.param([([1, 2], [X, 2]), ([1, 2], [X, 2])], 1, id="equal-sequences"),
+        pytest.param([([1, 2], [X, 2]), ([1, 2, 3, 4], [X, X, X, 4])], 1, id="up-to-the-first-that-counts"),
+        pytest.param([([1, 2, 3], [X, X, X]), ([1, 2, 3], [X, X, X])], 2, id="nothing-counts"),
+        pytest.param([([1, 2], [1, 2]), ([1, 3], [1, 3])], 0, id="the-first-counts"),
+        pytest.param([([1], [X]), ([1, 3], [X, 3])], 0, id="one-token"),
+        pytest.param([([1, 2, 3], [X, X, 3])], 2, id="one-sequence"),
+    ],
+)
+def test_what_is_shared(sequences: list[TokensAndLabels], prompt: int) -> None:
+    assert in_common(sequences) == prompt
+    (row,) = lay_out(rows([Sample(sequences)], attach=False), share_prompts=True).to_pylist()
+    lengths = [len(ids) for ids, _ in sequences]
+    assert row["sequence_lengths"] == [lengths[0], *(length - prompt for length in lengths[1:])]
+
+
+@CASES
+def test_prompts_are_shared_as_by_a_loop(
+    attach: bool, chunk_rows: int, chunks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(groups, "CHUNK_ROWS", chunk_rows)
+    found = with_prompts(40, shuffled=attach)
+    plain = expected(found)
+    prompts = [in_common(sample.sequences) for sample in found]
+    assert set(prompts) >= {0, 1, 3}
+    columns: dict[str, list[Any]] = {name: [] for name in plain}
+    for number, (sample, prompt) in enumerate(zip(found, prompts, strict=True)):
+        lengths = [len(ids) for ids, _ in sample.sorted()]
+        kept = [p for s, length in enumerate(lengths) for p in [*[s == 0] * prompt, *[True] * (length - prompt)]]
+        for name, values in plain.items():
+            if name == "length":
+                columns[name].append(sum(kept))
+            elif name == "sequence_lengths":
+                columns[name].append([lengths[0], *(length - prompt for length in lengths[1:])])
+            else:
+                columns[name].append([value for value, keep in zip(values[number], kept, strict=True) if keep])
+    assert lay_out(rows(found, attach=attach, chunks=chunks), share_prompts=True).to_pydict() == columns
+
+
 @CASES
 def test_responses_are_counted_tokens_as_by_a_loop(
     attach: bool, chunk_rows: int, chunks: int, monkeypatch: pytest.MonkeyPatch
@@ -132,10 +209,8 @@ def test_lengths_as_by_a_loop(chunks: int) -> None:
     lengths = [[len(ids) for ids, _ in sample.sequences] for sample in found]
     table = rows(found, attach=True, chunks=chunks)
     assert longest_sequences(table).tolist() == [max(row) for row in lengths]
-    assert group_lengths(table).tolist() == [sum(row) for row in lengths]
     part = Rows(table.table.slice(11, 17), {})
     assert longest_sequences(part).tolist() == [max(row) for row in lengths[11:28]]
-    assert group_lengths(part).tolist() == [sum(row) for row in lengths[11:28]]
 
 
 def test_rows_that_were_filtered_are_laid_out_as_by_a_loop() -> None:
@@ -155,11 +230,11 @@ def test_a_table_without_rows(attach: bool, chunks: int) -> None:
     empty = rows([], attach=attach)
     if not chunks:
         empty = Rows(empty.table.schema.empty_table(), empty.attached)
-    assert lay_out(empty).to_pydict() == expected([])
+    assert lay_out(empty).to_pydict() == lay_out(empty, share_prompts=True).to_pydict() == expected([])
     assert lay_out(empty).schema == lay_out(rows(samples(1, shuffled=False), attach=attach)).schema
     assert list(responses(empty)) == []
-    for lengths in (longest_sequences(empty), group_lengths(empty)):
-        assert (lengths.shape, lengths.dtype) == ((0,), np.int64)
+    lengths = longest_sequences(empty)
+    assert (lengths.shape, lengths.dtype) == ((0,), np.int64)
 
 
 def test_columns_have_the_same_types_whatever_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,6 +249,7 @@ def test_columns_have_the_same_types_whatever_the_chunks(monkeypatch: pytest.Mon
         "position_ids": pa.int32(),
         "sequence_lengths": pa.int32(),
     }
+    assert lay_out(rows(found, attach=True), share_prompts=True).schema == whole
     monkeypatch.setattr(groups, "CHUNK_ROWS", 2)
     assert lay_out(rows(found, attach=True, chunks=2)).schema == whole
 

@@ -55,6 +55,8 @@ def packed(method: dict[str, Any]) -> dict[str, Any]:
 ALONE: dict[str, dict[str, Any]] = {
     **PLAIN,
     **{f"{name} packed": packed(method) for name, method in PLAIN.items()},
+    "deft_pro prompts shared": {**packed(PLAIN["deft_pro"]), "deft": {**DEFT, "share_prompt": True},
+                                "sequence_len": 128},
     "poft packs of unequal rows": {**PLAIN["poft"], "sample_packing": True, "sequence_len": 192, "micro_batch_size": 1,
                                    "gradient_accumulation_steps": 1, "test_datasets": None},
     "poft ragged": {**PLAIN["poft"], "datasets": [{**CHATS, "path": "seven.jsonl"}], **RAGGED},
@@ -71,9 +73,11 @@ VARIANTS = {**ALONE, **WIDE}
 STAGES = ("ddp", "zero1", "zero2", "zero3")
 COVERING = {
     ("ddp", "poft packed, wide"), ("ddp", "poft ragged"), ("ddp", "deft_pro, wide"), ("ddp", "deft_rrhf packed"),
+    ("ddp", "deft_pro prompts shared"),
     ("zero1", "poft"), ("zero1", "pro packed"),
     ("zero2", "deft_dpo"), ("zero2", "poft packs of unequal rows"), ("zero2", "rrhf, wide"),
     ("zero3", "poft packed"), ("zero3", "deft_dpo packed, wide"), ("zero3", "deft_pro"), ("zero3", "deft_dpo lora"),
+    ("zero3", "deft_pro prompts shared"),
 }  # fmt: skip
 """What `make test` runs: every stage, every method, packed and not, wide and not, LoRA under ZeRO-3."""
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from poft_plugin.losses import LogitTransform, mean_logps, plain_token_logps, response_positions, token_logps
+from poft_plugin.losses import LogitTransform, mean_logps, plain_token_logps, token_logps
 from poft_plugin.losses import logps as room
 
 TOKENS, HIDDEN, VOCABULARY = 37, 24, 61
@@ -233,47 +233,6 @@ def test_shapes_that_do_not_fit_are_refused(hidden: Any, weight: Any, targets: A
 def test_a_tile_of_nothing_is_refused(tile: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=r"tile: \(\d, \d\); tokens and vocabulary, at least 1 each"):
         token_logps(torch.zeros(1, 2), torch.zeros(3, 2), torch.zeros(1, dtype=torch.long), tile=tile)
-
-
-X = -100
-
-
-@pytest.mark.parametrize(
-    ("labels", "sequences", "expected"),
-    [
-        pytest.param([[X, X, 7, 8]], [[0, 0, 0, 0]], ([1, 2], [7, 8], [0, 0]), id="one-sequence"),
-        pytest.param([[5, 6, X, 8]], [[0, 0, 0, 0]], ([0, 2], [6, 8], [0, 0]), id="label-on-the-first-token"),
-        pytest.param([[X, 4, 5, 6, X]], [[0, 0, 1, 1, 1]], ([0, 2], [4, 6], [0, 1]), id="packed"),
-        pytest.param([[X, 4, X, X], [X, 5, 6, 7]], [[0, 0, -1, -1], [1, 1, 1, 1]],
-                     ([0, 4, 5, 6], [4, 5, 6, 7], [0, 1, 1, 1]), id="padded-right"),
-        pytest.param([[X, X, 3, 4], [X, 5, 6, 7]], [[-1, -1, 0, 0], [1, 1, 1, 1]],
-                     ([2, 4, 5, 6], [4, 5, 6, 7], [0, 1, 1, 1]), id="padded-left"),
-        pytest.param([[4, 9, 9, 9]], [[0, -1, -1, -1]], ([], [], []), id="labels-on-padding"),
-        pytest.param([[X, X]], [[0, 0]], ([], [], []), id="nothing-counts"),
-        pytest.param([[1], [2]], [[0], [1]], ([], [], []), id="one-token-a-row"),
-    ],
-)  # fmt: skip
-def test_response_positions_by_hand(labels: Any, sequences: Any, expected: Any) -> None:
-    found = response_positions(torch.tensor(labels), torch.tensor(sequences))
-    assert tuple(t.tolist() for t in found) == expected
-
-
-@settings(deadline=None)
-@given(st.data())
-def test_response_positions_equal_the_loop(data: st.DataObject) -> None:
-    rows, length = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 9))
-    label = st.sampled_from([-100, 3, 4])
-    labels = [data.draw(st.lists(label, min_size=length, max_size=length)) for _ in range(rows)]
-    sequences, number = [], 0
-    for _ in range(rows):
-        lengths = data.draw(st.lists(st.integers(1, 4), max_size=4).filter(lambda n: sum(n) <= length))
-        members = [i for i, n in enumerate(lengths, start=number) for _ in range(n)]
-        padding = [-1] * (length - len(members))
-        sequences.append(padding + members if data.draw(st.booleans()) else members + padding)
-        number += len(lengths)
-    found = response_positions(torch.tensor(labels), torch.tensor(sequences))
-    expected = oracles.response_positions(labels, sequences)
-    assert torch.stack(found, -1).tolist() == expected
 
 
 def test_mean_logps_by_hand() -> None:

@@ -121,3 +121,18 @@ def check_packing(cfg: Mapping[str, Any]) -> None:
             f"sample_packing: true with attn_implementation: {cfg.get('attn_implementation')!r}: the sequences of a "
             "pack would see each other. Set `attn_implementation:` to flash_attention_2, flex_attention, sdpa or eager"
         )
+
+
+def check_share_prompt(cfg: Mapping[str, Any]) -> None:
+    """Refuses prompts that are shared without packing, or under an attention that cannot do it.
+
+    Raises:
+        ValueError: naming key, value and remedy.
+    """
+    for key, needed in (("sample_packing", True), ("attn_implementation", "sdpa")):
+        if cfg.get(key) != needed:
+            remedy = f"`{key}: {'true' if needed is True else needed}`"
+            raise ValueError(
+                f"share_prompt: true with {key}: {cfg.get(key)!r}: prompts can be shared in packs under sdpa alone. "
+                f"Set {remedy}, or `share_prompt: false`"
+            )

@@ -17,15 +17,16 @@ from datasets import Dataset, concatenate_datasets
 from poft_plugin.config import DeftConfig
 from poft_plugin.data.columns import CONVERSATION, GROUP, ROW_INDEX, ROW_KEY, ROW_NUMBER, SOURCE
 from poft_plugin.data.preparation import Columns, Prepared, Purpose, Rows, RunContext
-from poft_plugin.hosts.axolotl.checks import check_packing
+from poft_plugin.hosts.axolotl.checks import check_packing, check_share_prompt
 from poft_plugin.hosts.axolotl.entries import SUPPORTED_TYPES
-from poft_plugin.hosts.axolotl.policy import check_linear_head, policy_of
+from poft_plugin.hosts.axolotl.policy import check_linear_head, check_no_window, policy_of
 from poft_plugin.hosts.axolotl.ranked_datasets import (
     RANKED_COLUMNS,
     check_one_step,
     check_pack,
     laid_out,
     not_in_evaluation,
+    pack_tokens,
     short_enough,
 )
 from poft_plugin.hosts.axolotl.run import MethodRun
@@ -90,6 +91,9 @@ def prepare(
     """
     check_packing(cfg)
     run.check()
+    if run.share_prompts:
+        check_share_prompt(cfg)
+        check_no_window(cfg, pack_tokens(cfg))
     if run.method.needs_start_policy and cfg.lora_model_dir:
         raise ValueError(
             f"lora_model_dir: {cfg.lora_model_dir!r}: `rl: {run.method.name}` would begin with base model and adapter, "
@@ -100,7 +104,7 @@ def prepare(
         check_linear_head(cfg)
     graded, others, whole = _graded(cfg, run, context)
     kept = _filtered(run, graded)
-    finished = [_finished(part, run, cfg) for part in (kept, *others)]
+    finished = [_finished(kept, run, cfg, packed=bool(cfg.sample_packing)), *(_finished(p, run, cfg) for p in others)]
     if run.method.ranked:
         check_one_step(len(finished[0]), cfg, context)
     steps = None if purpose == "preprocess" else _count_steps(cfg, finished[0])
@@ -188,12 +192,14 @@ def _selected(part: HostRows, keep: np.ndarray, why: str) -> HostRows:
     return HostRows(part.dataset.select(np.flatnonzero(keep)), Rows(part.rows.table.filter(pa.array(keep)), attached))
 
 
-def _finished(part: HostRows, run: MethodRun, cfg: DictDefault) -> Dataset:
+def _finished(part: HostRows, run: MethodRun, cfg: DictDefault, *, packed: bool = False) -> Dataset:
     """The data set that the trainer gets: text columns off, the method's columns and a row index on."""
     if run.method.ranked:
         part = _selected(part, short_enough(part.rows, cfg), f"with a sequence over sequence_len {cfg.sequence_len}")
-        check_pack(part.rows, cfg)
-        return laid_out(part.rows, list(part.rows.attached))
+        dataset = laid_out(part.rows, list(part.rows.attached), share_prompts=packed and run.share_prompts)
+        if packed:
+            check_pack(part.rows, np.asarray(dataset["length"]), cfg)
+        return dataset
     columns: dict[str, Sequence[float] | np.ndarray] = dict(part.rows.attached)
     columns[ROW_INDEX] = np.arange(len(part.rows))
     texts = [name for name in TEXT_COLUMNS if name in part.dataset.column_names]

@@ -38,6 +38,28 @@ def check_linear_head(cfg: DictDefault) -> None:
         )
 
 
+def check_no_window(cfg: DictDefault, pack_tokens: int) -> None:
+    """Refuses a policy whose tokens do not see all that comes before them in a pack, where prompts are shared.
+
+    A sequence is no longer than `sequence_len`, but the host pads a pack with a run of tokens that may be.
+
+    Args:
+        cfg: the host's config.
+        pack_tokens: that a pack holds.
+
+    Raises:
+        ValueError: naming the model, its window and the remedies.
+    """
+    config = load_model_config(cfg).get_text_config()
+    for name in ("sliding_window", "attention_chunk_size"):
+        window = getattr(config, name, None)
+        if window is not None and window < pack_tokens:
+            raise ValueError(
+                f"share_prompt: true with base_model {cfg.base_model}: its {name} of {window} tokens is shorter than a "
+                f"pack of {pack_tokens}. Set `share_prompt: false`, or lower `sequence_len` or `micro_batch_size`"
+            )
+
+
 def _quantization(cfg: DictDefault, dtype: str) -> dict[str, Any] | None:
     """What the host passes to bitsandbytes; full fine-tuning has none."""
     if cfg.load_in_8bit:

@@ -9,7 +9,7 @@ from datasets import Dataset
 from datasets.table import InMemoryTable
 
 from poft_plugin.data.columns import ORDER, RANKED_INPUT_IDS, RANKED_LABELS, ROW_INDEX, ROW_KEY, SEQUENCE_LENGTHS
-from poft_plugin.data.groups import group_lengths, in_order, lay_out, longest_sequences
+from poft_plugin.data.groups import in_order, lay_out, longest_sequences
 from poft_plugin.data.preparation import Rows, RunContext
 
 LOG = get_logger("axolotl.poft_plugin")  # the host shows messages of its own namespace only
@@ -40,20 +40,19 @@ def short_enough(rows: Rows, cfg: DictDefault) -> np.ndarray:
     return keep
 
 
-def check_pack(rows: Rows, cfg: DictDefault) -> None:
+def check_pack(rows: Rows, lengths: np.ndarray, cfg: DictDefault) -> None:
     """Refuses packs that cannot hold the largest group: the sequences of a sample stay together.
+
+    Args:
+        rows: of the training set, for the message.
+        lengths: `(n,)`, tokens of each row as it is laid out.
+        cfg: the host's config.
 
     Raises:
         ValueError: naming the row, its tokens, a pack's tokens and the remedies.
     """
-    if not cfg.sample_packing:
-        return
-    lengths = group_lengths(rows)
     worst, length = int(lengths.argmax()), int(lengths.max())
-    # the host packs `micro_batch_size` rows, or, where attention takes any length, one row of as many tokens
-    rows_apart = cfg.multipack_real_batches
-    rows_apart = not cfg.attn_supports_packing if rows_apart is None else rows_apart
-    capacity = cfg.sequence_len * (1 if rows_apart else cfg.micro_batch_size)
+    rows_apart, capacity = _rows_apart(cfg), pack_tokens(cfg)
     if length > capacity:
         remedy = f"`sequence_len: {length}`" if rows_apart else f"`micro_batch_size: {-(-length // cfg.sequence_len)}`"
         raise ValueError(
@@ -61,6 +60,16 @@ def check_pack(rows: Rows, cfg: DictDefault) -> None:
             f"(sequence_len {cfg.sequence_len}{'' if rows_apart else f' x micro_batch_size {cfg.micro_batch_size}'}). "
             f"Set {remedy} or more, or `sample_packing: false`"
         )
+
+
+def pack_tokens(cfg: DictDefault) -> int:
+    """Tokens that a row of a packed batch holds."""
+    return int(cfg.sequence_len * (1 if _rows_apart(cfg) else cfg.micro_batch_size))
+
+
+def _rows_apart(cfg: DictDefault) -> bool:
+    """The host packs `micro_batch_size` rows, or, where attention takes any length, one row of as many tokens."""
+    return bool(not cfg.attn_supports_packing if cfg.multipack_real_batches is None else cfg.multipack_real_batches)
 
 
 def check_one_step(count: int, cfg: DictDefault, context: RunContext) -> None:
@@ -79,12 +88,12 @@ def check_one_step(count: int, cfg: DictDefault, context: RunContext) -> None:
         )
 
 
-def laid_out(rows: Rows, names: list[str]) -> Dataset:
+def laid_out(rows: Rows, names: list[str], *, share_prompts: bool = False) -> Dataset:
     """The data set that the trainer gets: tokens of whole groups, from best to worst, and the method's columns."""
     order = rows.attached.get(ORDER)
     columns = {name: _column(rows.attached[name], order) for name in names if name != ORDER}
     columns |= {ROW_KEY: rows.keys, ROW_INDEX: pa.array(np.arange(len(rows)))}
-    table = lay_out(rows)
+    table = lay_out(rows, share_prompts=share_prompts)
     for name, values in columns.items():
         table = table.append_column(name, values)
     return Dataset(InMemoryTable(table))

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from poft_plugin.config import DeftConfig, RowFilterConfig, parse_block, settings_model
+from poft_plugin.config import DeftConfig, RankingConfig, RowFilterConfig, parse_block, settings_model
 from poft_plugin.hosts.axolotl.args import TAKEN_KEYS, TAKEN_OVER
 from poft_plugin.hosts.axolotl.checks import check_settings
 from poft_plugin.hosts.axolotl.entries import take_over_entries
@@ -39,6 +39,11 @@ class MethodRun:
     def settings_for(self, preprocessor: str) -> BaseModel:
         """The block that a preprocessor reads: a method's own one, also where another method wraps it."""
         return self.settings if self.base_settings is None or preprocessor in READ_DEFT else self.base_settings
+
+    @property
+    def share_prompts(self) -> bool:
+        """Whether a row's prompt lies in a pack once, for all of its responses."""
+        return isinstance(self.settings, RankingConfig) and self.settings.share_prompt
 
     def check(self) -> None:
         """Refuses settings that cannot work, before any data is read: of the method, and of the one that it wraps.

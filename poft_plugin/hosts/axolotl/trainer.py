@@ -31,11 +31,17 @@ class MethodTrainer(AxolotlTrainer, SampleMeanTrainer):
     tensors: Mapping[str, np.ndarray]
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        columns = self.method_run.method.columns
-        self.set_up(model, step=self.method_run.step(), columns=columns, discrepancy=self._discrepancy())
-        if self.method_run.method.needs_start_policy:
+        run = self.method_run
+        self.set_up(
+            model,
+            step=run.step(),
+            columns=run.method.columns,
+            discrepancy=self._discrepancy(),
+            share_prompts=run.share_prompts,
+        )
+        if run.method.needs_start_policy:
             _disable_dropout(model)
-        if self.cfg.sample_packing and not torch.accelerator.is_available():
+        if self.cfg.sample_packing and not run.share_prompts and not torch.accelerator.is_available():
             use_packed_attention(model)  # a model that is still on its way to a GPU keeps what was asked for
         super().__init__(*args, model=model, **kwargs)
         self.model_accepts_loss_kwargs = True  # the host looks at the model's own forward and takes it back

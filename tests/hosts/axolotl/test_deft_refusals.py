@@ -13,7 +13,14 @@ import pytest
 import tiny
 from axolotl.integrations.base import PluginManager
 from axolotl.utils.schemas.config import AxolotlInputConfig
-from transformers import AutoTokenizer, Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    AutoTokenizer,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    MistralConfig,
+)
 
 from poft_plugin.config import DeftConfig, DpoKeys
 from poft_plugin.hosts.axolotl.args import TAKEN_KEYS, TAKEN_OVER
@@ -249,6 +256,33 @@ def test_refused_before_data_are_read(
         prepare(path)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sample_packing": False}, r"share_prompt: true with sample_packing: False: .*Set `sample_packing: true`, or"),
+        ({"rl": "rrhf", "sample_packing": None}, "share_prompt: true with sample_packing: None"),
+        ({"attn_implementation": "eager"}, "share_prompt: true with attn_implementation: 'eager': .*`attn_.*: sdpa`"),
+        ({"attn_implementation": "flex_attention"}, "with attn_implementation: 'flex_attention': .* sdpa alone"),
+        ({"attn_implementation": "flash_attention_2"}, "share_prompt: true with attn_implementation: 'flash_attenti"),
+        (
+            {"base_model": "window", "micro_batch_size": 2, "multipack_real_batches": False},
+            r"base_model window: its sliding_window of 600 tokens .* a pack of 1024\. Set `share",
+        ),
+    ],
+)
+def test_prompts_that_cannot_be_shared_are_refused_before_data_are_read(
+    models: SimpleNamespace, in_folder: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], message: str
+) -> None:
+    window = MistralConfig.from_pretrained(tiny.policy(in_folder / "window"), sliding_window=600)
+    window.save_pretrained(in_folder / "window")
+    path = config(models, in_folder, deft={"share_prompt": True}, **{"sample_packing": True, **settings})
+    monkeypatch.setattr(
+        "poft_plugin.hosts.axolotl.datasets.load_host_datasets", lambda **_: pytest.fail("data were read first")
+    )
+    with pytest.raises(ValueError, match=message):
+        prepare(path)
+
+
 def without(name: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [*rows[:-1], {key: value for key, value in rows[-1].items() if key != name}]
 
@@ -296,6 +330,23 @@ def test_a_pack_holds_the_largest_group(models: SimpleNamespace, tmp_path: Path,
     enough = {"sample_packing": True, "sequence_len": limit, **remedy}
     assert len(prepare(config(models, tmp_path, **plain, **enough)).train_dataset) == len(RAW)
     assert len(prepare(config(models, tmp_path, **plain, sequence_len=limit)).train_dataset) == len(RAW)
+
+
+def test_a_pack_holds_the_largest_group_with_its_prompt_once(models: SimpleNamespace, tmp_path: Path) -> None:
+    """Evaluation is unpacked: its rows stay as they are, however long."""
+    gc.collect()
+    gc.freeze()
+    plain = {"rl": "deft_pro", "deft": {"train_on": "all", "share_prompt": True}, "sample_packing": True}
+    whole = prepare(config(models, tmp_path, **plain, val_set_size=4, multipack_real_batches=True))
+    train, evaluation = whole.train_dataset, whole.eval_dataset
+    limit = max(train["length"])
+    assert all(n == sum(lengths) for n, lengths in zip(train["length"], train["sequence_lengths"], strict=True))
+    assert limit < max(evaluation["length"])
+    settings = {**plain, "val_set_size": 4, "multipack_real_batches": True}
+    assert len(prepare(config(models, tmp_path, **settings, sequence_len=limit)).train_dataset) == len(train)
+    with pytest.raises(ValueError, match=f"has {limit} tokens in all its responses, a pack holds {limit - 1}"):
+        prepare(config(models, tmp_path, **settings, sequence_len=limit - 1))
+    assert all(row["position_ids"][n] == 0 for row in evaluation for n in (0, row["sequence_lengths"][0]))
 
 
 def test_tokens_without_weights_are_refused_for_a_reference(models: SimpleNamespace, tmp_path: Path) -> None:
