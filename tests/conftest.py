@@ -12,6 +12,7 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     ACCELERATE_USE_CPU="true",
     AXOLOTL_LOG_LEVEL="WARNING",
+    AXOLOTL_DATASET_NUM_PROC="0",  # rows are prepared in this process: a worker costs seconds
 )
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -45,7 +45,7 @@ CPU_SETTINGS: dict[str, Any] = {
     "attn_implementation": "sdpa",
     "optimizer": "adamw_torch",
     "gradient_checkpointing": False,
-    "dataset_num_proc": 1,
+    "dataset_num_proc": 0,
     "dataloader_num_workers": 0,
     "dataloader_pin_memory": False,
     "lr_scheduler": "constant",

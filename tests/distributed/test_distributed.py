@@ -294,11 +294,7 @@ def test_a_resumed_zero3_run_ends_where_the_undisturbed_one_does(models: SimpleN
 
 @pytest.mark.parametrize(
     ("stage", "name"),
-    [
-        pytest.param("zero1", "deft_pro packed", marks=pytest.mark.matrix),
-        pytest.param("zero2", "poft packed", marks=pytest.mark.matrix),
-        ("zero3", "deft_dpo packed"),
-    ],
+    [("zero1", "deft_pro packed"), ("zero2", "poft packed"), ("zero3", "deft_dpo packed")],
 )
 def test_axolotl_train_itself(stage: str, name: str, models: SimpleNamespace, workplace: Path, alone: Any) -> None:
     """The command that users type, with the launcher and DeepSpeed config that they have."""

@@ -63,7 +63,7 @@ def preprocessing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_two_processes_score_and_train(models: SimpleNamespace, tmp_path: Path) -> None:
     """`axolotl train` with torchrun: each of two ranks scores its share, then both train, packed, with evaluation."""
     config(tmp_path, models, sample_packing=True, sequence_len=128, num_epochs=2, val_set_size=3, eval_steps=2,
-           save_strategy="steps", save_steps=2)  # fmt: skip
+           save_strategy="steps", save_steps=2, dataset_num_proc=1)  # fmt: skip
     output = axolotl(tmp_path, "train", "config.yml", "--launcher", "torchrun", "--", "--nproc_per_node=2")
     assert "12 to score" in output
     assert re.search(r"'loss': '[\d.]+'.*'poft/coefficient'", output)
@@ -77,7 +77,7 @@ def test_two_processes_score_and_train(models: SimpleNamespace, tmp_path: Path) 
 
 
 def test_preprocess_then_nothing_is_left_to_score(models: SimpleNamespace, tmp_path: Path) -> None:
-    config(tmp_path, models)
+    config(tmp_path, models, dataset_num_proc=1)
     assert "12 to score" in axolotl(tmp_path, "preprocess", "config.yml")
     again = axolotl(tmp_path, "preprocess", "config.yml")
     assert again.count("12 rows cached, 0 to score") == 2
