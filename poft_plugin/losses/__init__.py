@@ -9,15 +9,14 @@ from poft_plugin.losses.dpo import dpo_loss, dpo_rewards
 from poft_plugin.losses.head import LanguageModel, install_response_forward, language_model
 from poft_plugin.losses.logps import (
     LogitTransform,
-    mean_logps,
     plain_token_logps,
-    sum_logps,
     token_logps,
 )
 from poft_plugin.losses.poft import poft_coefficient, poft_loss
 from poft_plugin.losses.positions import response_positions
 from poft_plugin.losses.pro import pro_loss
 from poft_plugin.losses.rrhf import rrhf_loss
+from poft_plugin.losses.sequences import mean_logps, sum_logps
 from poft_plugin.losses.sft import sft_loss
 
 __all__ = [

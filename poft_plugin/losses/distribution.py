@@ -60,6 +60,7 @@ def distribution_scores(
     bias: Tensor | None = None,
     *,
     transform: LogitTransform = IDENTITY,
+    direction: Tensor | None = None,
 ) -> Tensor:
     r"""Each token's part in the reward from hidden states, `q . z_n = scale * (h_n . (W^T q) + q . bias)` (Eq. 16, 17).
 
@@ -72,6 +73,8 @@ def distribution_scores(
         discrepancy: `(V,)`, sums to 0. Treated as a constant.
         bias: `(V,)` or None. Carries gradient where it requires it.
         transform: what the model does to its logits after the head; a factor only.
+        direction: `(D,)`, `W^T q` where it is there already (`token_logps_with_direction`): the weight's gradient goes
+            through it.
 
     Returns:
         `(N,)`, nats, in float32 (float64 for float64 inputs).
@@ -98,7 +101,8 @@ def distribution_scores(
             f"hidden {shapes[0]}, weight {shapes[1]}, discrepancy {shapes[2]}: expected (N, D), (V, D), (V,)"
         )
     constants = discrepancy.detach().to(weight.device, _sum_dtype(hidden, weight))
-    direction = _Combination.apply(weight, constants)  # type: ignore[no-untyped-call]
+    if direction is None:
+        direction = _Combination.apply(weight, constants)  # type: ignore[no-untyped-call]
     scores: Tensor = _Products.apply(hidden[None], direction)[0]  # type: ignore[no-untyped-call]
     if bias is not None:
         scores = scores + (bias.to(constants.dtype) * constants).sum()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax, pad
 
 from poft_plugin.losses.distribution import distribution_scores
-from poft_plugin.losses.logps import LogitTransform, token_logps
+from poft_plugin.losses.logps import LogitTransform, token_logps, token_logps_with_direction
 
 PROBE_TOKENS = 8
 """Tokens of the check that our head gives what the model's own forward gives."""
@@ -197,10 +197,15 @@ def _head_forward(original: Callable[..., Tensor], transform: LogitTransform) ->
         if response_targets is None:
             return original(head, hidden)
         targets = response_targets.to(hidden.device)
-        logps = token_logps(hidden, head.weight, targets, head.bias, transform=transform)
         if head.discrepancy is None:
-            return logps
-        head.discrepancy = head.discrepancy.to(hidden.device)
-        return logps, distribution_scores(hidden, head.weight, head.discrepancy, head.bias, transform=transform)
+            return token_logps(hidden, head.weight, targets, head.bias, transform=transform)
+        head.discrepancy = discrepancy = head.discrepancy.to(hidden.device)
+        logps, direction = token_logps_with_direction(
+            hidden, head.weight, targets, head.bias, discrepancy, transform=transform
+        )
+        scores = distribution_scores(
+            hidden, head.weight, discrepancy, head.bias, transform=transform, direction=direction
+        )
+        return logps, scores
 
     return forward

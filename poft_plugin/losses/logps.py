@@ -98,6 +98,38 @@ def token_logps(
     Products are taken in the dtype that the model itself would use (the autocast dtype where autocast is on), the
     soft-max in float32, as transformers does. Gradients are summed over tiles in float32.
     """
+    logps, _ = token_logps_with_direction(hidden, weight, targets, bias, None, transform=transform, tile=tile)
+    return logps
+
+
+def token_logps_with_direction(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    coefficients: Tensor | None,
+    *,
+    transform: LogitTransform = IDENTITY,
+    tile: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    r"""`token_logps`, and `W^T c` with it: by itself its gradient would be a second one as large as the weight.
+
+    Args:
+        hidden: as in `token_logps`.
+        weight: likewise.
+        targets: likewise.
+        bias: likewise.
+        coefficients: `(V,)`, c, in float32 (float64 for float64 inputs). Treated as a constant. None for no second
+            result.
+        transform: as in `token_logps`; the second result knows nothing of it.
+        tile: likewise.
+
+    Returns:
+        `(N,)` log-probabilities, and `(D,)` or None.
+
+    Raises:
+        ValueError: as `token_logps`.
+    """
     if hidden.ndim != 2 or targets.shape != hidden.shape[:1] or weight.shape[-1] != hidden.shape[-1]:
         raise ValueError(
             f"hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, targets {tuple(targets.shape)}: "
@@ -108,50 +140,10 @@ def token_logps(
     if min(tile) < 1:
         raise ValueError(f"tile: {tile}; tokens and vocabulary, at least 1 each")
     tile = max(1, min(tile[0], len(hidden))), min(tile[1], len(weight))
-    logps: Tensor = _TokenLogps.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, targets, transform, tile, _compute_dtype(hidden)
+    found: tuple[Tensor, Tensor | None] = _TokenLogps.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, targets, coefficients, transform, tile, _compute_dtype(hidden)
     )
-    return logps
-
-
-def sum_logps(logps: Tensor, sequence_ids: Tensor, num_sequences: int) -> tuple[Tensor, Tensor]:
-    r"""Per-sequence log-probability `sum_t logp_t` and token count `T` from flat token values.
-
-    Args:
-        logps: `(N,)`, nats. Carries gradient.
-        sequence_ids: `(N,)`, the sequence (0 .. num_sequences - 1) that each token belongs to.
-        num_sequences: B.
-
-    Returns:
-        `(B,)` sums in nats, and `(B,)` counts (same dtype). A sequence without tokens gets 0 and 0.
-
-    Examples:
-        >>> sums, counts = sum_logps(torch.tensor([-1.0, -3.0, -5.0]), torch.tensor([0, 0, 1]), 2)
-        >>> sums.tolist(), counts.tolist()
-        ([-4.0, -5.0], [2.0, 1.0])
-    """
-    sums = logps.new_zeros(num_sequences).index_add(0, sequence_ids, logps)
-    return sums, logps.new_zeros(num_sequences).index_add(0, sequence_ids, torch.ones_like(logps))
-
-
-def mean_logps(logps: Tensor, sequence_ids: Tensor, num_sequences: int) -> tuple[Tensor, Tensor]:
-    r"""Per-sequence mean log-probability `(1 / T) * sum_t logp_t` and token count `T` from flat token values.
-
-    Args:
-        logps: `(N,)`, nats. Carries gradient.
-        sequence_ids: `(N,)`, the sequence (0 .. num_sequences - 1) that each token belongs to.
-        num_sequences: B.
-
-    Returns:
-        `(B,)` means in nats per token, and `(B,)` counts (same dtype). A sequence without tokens gets mean 0, count 0.
-
-    Examples:
-        >>> means, counts = mean_logps(torch.tensor([-1.0, -3.0, -5.0]), torch.tensor([0, 0, 1]), 2)
-        >>> means.tolist(), counts.tolist()
-        ([-2.0, -5.0], [2.0, 1.0])
-    """
-    sums, counts = sum_logps(logps, sequence_ids, num_sequences)
-    return sums / counts.clamp(min=1), counts
+    return found
 
 
 def _compute_dtype(hidden: Tensor) -> torch.dtype:
@@ -176,16 +168,10 @@ class _Head:
     """
 
     def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        transform: LogitTransform,
-        *,
-        dtype: torch.dtype,
-        tile: tuple[int, int],
+        self, weight: Tensor, bias: Tensor | None, how: LogitTransform, *, dtype: torch.dtype, tile: tuple[int, int]
     ):
         self.weight, self.bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        self._transform, self._dtype = transform, dtype
+        self._transform, self._dtype = how, dtype
         self._logits = weight.new_empty(tile, dtype=_sum_dtype(dtype)).flatten()
         same = dtype == self._logits.dtype
         self._products = self._logits if same else torch.empty_like(self._logits, dtype=dtype)
@@ -212,10 +198,11 @@ class _TokenLogps(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
+        coefficients: Tensor | None,
         transform: LogitTransform,
         tile: tuple[int, int],
         dtype: torch.dtype,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         picked = hidden.new_zeros(len(hidden), dtype=_sum_dtype(dtype))
         highest, total = torch.full_like(picked, -torch.inf), torch.zeros_like(picked)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -225,14 +212,15 @@ class _TokenLogps(torch.autograd.Function):
                     logits = head.tile(hidden[rows], columns)
                     picked[rows] += _at_targets(logits, targets[rows], columns)
                     _sum_exponentials(logits, highest[rows], total[rows])
-        ctx.save_for_backward(hidden, weight, bias, targets, highest, total)
+            direction = None if coefficients is None else _combination(weight, coefficients, tile[1])
+        ctx.save_for_backward(hidden, weight, bias, targets, coefficients, highest, total)
         ctx.transform, ctx.tile, ctx.dtype = transform, tile, dtype
-        return picked - highest - total.log()
+        return picked - highest - total.log(), direction
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, highest, total = ctx.saved_tensors
+        hidden, weight, bias, targets, coefficients, highest, total = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
         sums = [
             None if given is None or not wants else torch.zeros_like(given, dtype=grad_outputs[0].dtype)
@@ -248,11 +236,21 @@ class _TokenLogps(torch.autograd.Function):
                     _add_at_targets(grad, targets[rows], columns)
                     grad = ctx.transform.backward(logits, grad.mul_(grad_outputs[0][rows, None]))
                     _add_gradients(sums, grad, rows, columns, chunk=chunk, weight=head.weight)
+            if coefficients is not None and sums[1] is not None:
+                sums[1].addr_(coefficients, grad_outputs[1])
         given = (
             None if total is None else total.to(tensor.dtype)
             for total, tensor in zip(sums, (hidden, weight, bias), strict=True)
         )
-        return (*given, None, None, None, None)
+        return (*given, None, None, None, None, None)
+
+
+def _combination(weight: Tensor, coefficients: Tensor, step: int) -> Tensor:
+    """`(D,)`: `weight.T @ coefficients`, some rows at a time in the coefficients' dtype."""
+    total = coefficients.new_zeros(weight.shape[1])
+    for rows in _slices(len(weight), step):
+        total += weight[rows].to(total.dtype).t() @ coefficients[rows]
+    return total
 
 
 def _sum_exponentials(logits: Tensor, highest: Tensor, total: Tensor) -> None:

@@ -19,6 +19,7 @@ from poft_plugin.losses import LogitTransform, distribution_reward, distribution
 from poft_plugin.losses import distribution as room
 from poft_plugin.losses import install_response_forward as install
 from poft_plugin.losses.head import check_head
+from poft_plugin.losses.logps import token_logps_with_direction
 
 TOKENS, HIDDEN, VOCABULARY = 37, 24, 61
 MASK = torch.tensor([[0, 1, 1, 0, 1, 1, 1], [1, 0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0]]).bool()
@@ -119,6 +120,32 @@ def test_reward_of_another_shape_is_refused(shapes: Any) -> None:
         distribution_reward(logits, mask, discrepancy)
 
 
+def scores_of_head(hidden: Tensor, weight: Tensor, discrepancy: Tensor, bias: Any, **settings: Any) -> Tensor:
+    """As the head takes them, together with log-probabilities."""
+    targets = torch.arange(len(hidden)) % len(weight)
+    constants = discrepancy.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+    _, direction = token_logps_with_direction(hidden, weight, targets, bias, constants, tile=(10, 25), **settings)
+    return distribution_scores(hidden, weight, constants, bias, direction=direction, **settings)
+
+
+FORMS = pytest.mark.parametrize("form", [distribution_scores, scores_of_head])
+
+
+@pytest.mark.parametrize("wanted", [("hidden", "weight", "bias"), ("hidden",)])
+def test_log_probabilities_and_scores_together(wanted: tuple[str, ...]) -> None:
+    """One backward through both: the sum of what each gives by itself."""
+    inputs = problem(torch.float64)
+    targets = torch.arange(TOKENS) % VOCABULARY
+    parts = inputs["hidden"], inputs["weight"], targets, inputs["bias"]
+    logps, direction = token_logps_with_direction(*parts, inputs["discrepancy"], tile=(10, 25))
+    scores = distribution_scores(**inputs, direction=direction)
+    leaves = [inputs[name] for name in wanted]
+    ours = torch.autograd.grad(2 * logps.sum() - 3 * scores.sum(), leaves)
+    apart = 2 * oracles.token_logps(*parts).sum() - 3 * oracles.distribution_scores(**inputs).sum()
+    for mine, truth in zip(ours, torch.autograd.grad(apart, leaves), strict=True):
+        torch.testing.assert_close(mine, truth, rtol=1e-9, atol=1e-12 * truth.abs().max().item())
+
+
 def test_scores_by_hand() -> None:
     """Logits of (1, 2) are 1, 2, 3 and, with the bias, 1, 2, 8; halved by the scale."""
     hidden, weight = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
@@ -131,11 +158,12 @@ def test_scores_by_hand() -> None:
 @pytest.mark.parametrize("scale", [1.0, 0.0625, 3.0])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("chunk", [1, 5 * HIDDEN, room.CHUNK_ELEMENTS])
-def test_scores_equal_the_literal_form(monkeypatch: Any, chunk: int, bias: bool, scale: float) -> None:
+@FORMS
+def test_scores_equal_the_literal_form(monkeypatch: Any, form: Any, chunk: int, bias: bool, scale: float) -> None:
     """Values and gradients, whatever the size of a chunk."""
     monkeypatch.setattr(room, "CHUNK_ELEMENTS", chunk)
     inputs = problem(torch.float64, bias=bias)
-    ours = values_and_gradients(distribution_scores, inputs, transform=LogitTransform(scale))
+    ours = values_and_gradients(form, inputs, transform=LogitTransform(scale))
     exact = values_and_gradients(oracles.distribution_scores, inputs, after=oracles.transform(scale))
     for mine, truth in zip(ours, exact, strict=True):
         torch.testing.assert_close(mine, truth, rtol=1e-9, atol=1e-12 * truth.abs().max().item())
@@ -143,14 +171,15 @@ def test_scores_equal_the_literal_form(monkeypatch: Any, chunk: int, bias: bool,
 
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lower_precision_is_no_worse_than_the_plain_form(dtype: torch.dtype, autocast: bool) -> None:
+@FORMS
+def test_lower_precision_is_no_worse_than_the_plain_form(form: Any, dtype: torch.dtype, autocast: bool) -> None:
     """Against float64 on the same inputs, a quarter left for another order of summation. Autocast rounds nothing."""
     inputs = problem(dtype, tokens=150)
     wide = {name: value.detach().double().requires_grad_() for name, value in inputs.items()}
     exact = values_and_gradients(oracles.distribution_scores, wide)
-    outside = values_and_gradients(distribution_scores, inputs)
+    outside = values_and_gradients(form, inputs)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        ours, plain = values_and_gradients(distribution_scores, inputs), values_and_gradients(plain_scores, inputs)
+        ours, plain = values_and_gradients(form, inputs), values_and_gradients(plain_scores, inputs)
     torch.testing.assert_close(ours, outside, rtol=0, atol=0)
     for mine, theirs, truth in zip(ours, plain, exact, strict=True):
         assert 0 < rms(mine - truth) <= 1.25 * rms(theirs - truth)
