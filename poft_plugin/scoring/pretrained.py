@@ -1,6 +1,7 @@
 """What every scorer with a checkpoint shares: tokenizer, config, chat template, renderer, dtype, common identity."""
 
 import hashlib
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -35,7 +36,7 @@ class Sizes(NamedTuple):
 
 
 @dataclass
-class PretrainedScorer:
+class PretrainedScorer(ABC):
     """A checkpoint with a tokenizer and a chat template; what it measures is its subclass's.
 
     Args:
@@ -54,9 +55,9 @@ class PretrainedScorer:
         return self.settings.label
 
     @property
+    @abstractmethod
     def kind(self) -> str:
         """What it is in messages."""
-        raise NotImplementedError
 
     @property
     def title(self) -> str:
@@ -121,9 +122,9 @@ class PretrainedScorer:
         """Tokenizes one of the rows, whatever its length; `RowError` where it cannot be scored."""
         return self.prepare(rows.keys[index].as_py(), rows.conversation(index), rows.where(index))
 
+    @abstractmethod
     def prepare(self, key: str, conversation: Conversation, where: str) -> PreparedRow:
         """Tokenizes a conversation."""
-        raise NotImplementedError
 
     def render(self, conversation: Conversation, where: str) -> Rendered:
         """One row as this model sees it."""
@@ -139,13 +140,13 @@ class PretrainedScorer:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
+    @abstractmethod
     def _default_template(self) -> str:
         """The template where neither the config nor the tokenizer has one; an error where there is none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _empty_model(self) -> Any:
         """The model as its config describes it, with new weights."""
-        raise NotImplementedError
 
     def _make_renderer(self) -> Renderer:
         return Renderer(self.tokenizer, self.chat_template, self.title, self.settings.system_turns)
