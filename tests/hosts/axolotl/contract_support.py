@@ -26,8 +26,7 @@ from packaging.version import Version
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-HOST = Version(axolotl.__version__)
-SINCE_0_20, SINCE_0_21 = HOST >= Version("0.20.0"), HOST >= Version("0.21.0")
+SINCE_0_20, SINCE_0_21 = (Version(axolotl.__version__) >= Version(since) for since in ("0.20.0", "0.21.0"))
 """Where a fact differs by version, its test says so for each."""
 
 WORDS = "<unk> <s> </s> <pad> user assistant system a b c d e f g h".split()
