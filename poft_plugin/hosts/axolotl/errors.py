@@ -68,7 +68,7 @@ def install_hook() -> None:
 
 
 def _tell_torchrun(message: str) -> None:
-    """Lets torchrun's last lines, its own traceback aside, name the error too: in the file that it gives its workers."""
+    """Lets the last lines of torchrun name the error, too: in the file that it gives its workers."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
         data = {"message": {"message": message, "extraInfo": {"timestamp": str(int(time.time()))}}}
