@@ -74,6 +74,11 @@ class PoftConfig(Block):
         100.0, gt=0, le=100, description="Share of training rows kept, by preference score (Fig. 4), in percent."
     )
     keep_within: str = Field("none", description="Rank rows for `keep_top_percent` within: none | dataset | <column>.")
+    on_bad_row: Literal["error", "drop"] = Field(
+        "error",
+        description="A row that cannot be read, or that the policy's or a reference's chat template refuses or "
+        "changes: error | drop it.",
+    )
     missing_scores: Literal["score", "error"] = Field(
         "score", description="What `axolotl train` does with rows that have no cached score: score | error."
     )
