@@ -154,13 +154,22 @@ def dense_ranks(scores: Sequence[float]) -> tuple[int, ...]:
 def _checked_prompt(prompt: Sequence[Turn], where: str) -> Conversation:
     if not any(turn.content.strip() for turn in prompt):
         raise RowError(f"{where}: an empty prompt. Remove the row, or check the field names of the dataset entry")
-    if prompt[-1].role == "assistant":
+    refuse_answered(prompt, where)
+    return tuple(prompt)
+
+
+def refuse_answered(prompt: Sequence[Turn], where: str) -> None:
+    """Refuses a prompt that holds an answer already.
+
+    Raises:
+        RowError: if its last turn is the assistant's.
+    """
+    if prompt and prompt[-1].role == "assistant":
         raise RowError(
             f"{where}: the prompt ends with an assistant turn, so that it holds an answer already: the responses would "
             "be second answers in a row. Set `field_messages:` to the field that holds the prompt alone (`prompt`, "
             "say), or `type: chat_template.argilla_chat` if `chosen` and `rejected` are whole dialogues"
         )
-    return tuple(prompt)
 
 
 def _checked_responses(responses: Sequence[str], where: str) -> tuple[str, ...]:

@@ -166,7 +166,9 @@ def _ranked_fields(raw: Mapping[str, Any], where: str) -> RankedFields:
             "remove it"
         )
     own = {key: value for key, value in raw.items() if key not in RANKED_HOST_KEYS and value is not None}
-    return parse_block(RankedFields, own, where)
+    fields = parse_block(RankedFields, own, where)
+    fields.check(str(raw["type"]), where)
+    return fields
 
 
 def _label(raw: Mapping[str, Any], where: str, used: dict[str, int], method: Method) -> str:

@@ -16,6 +16,19 @@ RANKED_TYPES = (*PAIRS, DIALOGUES, HH_RLHF, RANKED)
 
 Row = Mapping[str, Any]
 
+_EVERYWHERE = frozenset({"field_system", "field_input", "field_scores", "message_property_mappings", "roles",
+                         "on_unusable_row", "text_format"})  # fmt: skip
+_PROMPT, _PAIR = {"field_messages", "field_prompt"}, {"field_chosen", "field_rejected"}
+_LIST = {"field_responses", "field_response_text", "field_response_score", "field_response_rank", "field_ranks",
+         "field_winner", "winner_values"}  # fmt: skip
+READ_BY = {
+    **dict.fromkeys(PAIRS, _EVERYWHERE | _PROMPT | _PAIR),
+    DIALOGUES: _EVERYWHERE | _PAIR,
+    HH_RLHF: (_EVERYWHERE | _PROMPT | _PAIR) - {"text_format", "message_property_mappings", "roles"},
+    RANKED: _EVERYWHERE | _PROMPT | _LIST,
+}
+"""The keys that each type reads."""
+
 SHOWN = 200
 """Characters of a value in a message: rows may be long."""
 
@@ -48,7 +61,8 @@ class RankedFields(Block):
         "scores", description="A list with a score for each response (a pair: the chosen one's first), or its columns."
     )
     text_format: Literal["plain", "hh", "json"] | None = Field(
-        None, description="What texts hold: plain, hh (`Human:`, `Assistant:`), json (messages); null: as they begin."
+        None,
+        description="plain: texts as they are; hh: dialogues of HH-RLHF; json: answers, too; null: as texts begin.",
     )
     message_property_mappings: Mapping[str, str] = Field(
         default_factory=dict, description="The host's: names of `role` and `content` in a message."
@@ -63,6 +77,25 @@ class RankedFields(Block):
     def drops(self, kind: str) -> bool:
         """Whether rows that cannot be used are left out, with a line that counts them."""
         return (self.on_unusable_row or ("drop" if kind == HH_RLHF else "error")) == "drop"
+
+    def check(self, kind: str, where: str) -> None:
+        """Refuses keys that the type does not read, and ones that do not go together.
+
+        Raises:
+            ValueError: naming the key and the remedy.
+        """
+        for key in sorted(self.model_fields_set - READ_BY[kind]):
+            types = [name for name, keys in READ_BY.items() if key in keys]
+            raise ValueError(f"{where}.{key}: not read by `type: {kind}`, but by {', '.join(types)}; remove it")
+        if self.winner_values is not None and self.field_winner is None:
+            raise ValueError(f"{where}.winner_values: there, but no `field_winner:` that has these values; add it")
+        orders = [key for key in ("field_response_rank", "field_ranks", "field_winner") if getattr(self, key)]
+        if len(orders) > 1:
+            raise ValueError(f"{where}.{orders[0]}: `{orders[1]}` says the order, too; remove one of them")
+        for key in ("winner_values", "field_scores"):
+            values, names = getattr(self, key), self.field_responses if kind == RANKED else _PAIR
+            if isinstance(values, tuple) and not isinstance(names, str) and len(values) != len(names):
+                raise ValueError(f"{where}.{key}: {len(values)} for {len(names)} responses; give one for each")
 
     def columns(self) -> set[str]:
         """Names of all columns that may be read."""

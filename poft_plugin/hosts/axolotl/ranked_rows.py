@@ -7,7 +7,7 @@ row is refused: no turn is lost, none becomes part of another.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from poft_plugin.data.ranked import RankedSample, pair, ranked_list
+from poft_plugin.data.ranked import RankedSample, pair, ranked_list, refuse_answered
 from poft_plugin.data.rows import RowError, Turn
 from poft_plugin.hosts.axolotl.ranked_fields import (
     DIALOGUES,
@@ -133,6 +133,8 @@ def _together(
     given = prompt is not None
     if prompt is None:
         prompt = answers[0][0]
+    else:
+        refuse_answered(prompt, where)
     for number, (before, _) in enumerate(answers):
         if (before != prompt) if not given else (before and _stripped(before) != _stripped(prompt)):
             raise _differing(number, before, where, given=given)

@@ -170,36 +170,44 @@ def _names(fields: RankedFields) -> dict[str, str]:
 
 def _turns_of_text(text: str, fields: RankedFields, where: str) -> list[Turn]:
     form = fields.text_format
-    if form in (None, "json") and (found := _json_messages(text, fields)) is not None:
-        return messages(found, fields, where)
-    if form == "hh" or (form is None and is_hh(text)):
+    if form == "plain":
+        return [Turn("user", text)]
+    if form == "hh" or is_hh(text):
         return parse_hh_dialogue(text if text.startswith("\n") else text.lstrip(), where)
-    if form is None and has_marks(text):
+    if (found := _json_messages(text, fields)) is not None:
+        return messages(found, fields, where)
+    if has_marks(text):
         raise RowError(
             f"{where}: a text with '\\n\\nHuman:' or '\\n\\nAssistant:' in it that does not begin with such a mark: "
             f"{shown(text)}. Set `text_format: plain` if it is one user turn, or let it begin with '\\n\\nHuman:'"
         )
-    if form is None and (markup := _TEMPLATE_MARKUP.match(text)):
-        raise RowError(
-            f"{where}: a text that begins with {markup[1]!r}, a chat template's markup, which the policy's template "
-            "would write around it once more. Take the markup off (give messages, or the bare text), or set "
-            "`text_format: plain`"
-        )
+    _refuse_markup(text, f"{where}: a prompt that")
     return [Turn("user", text)]
+
+
+def _refuse_markup(text: str, what: str) -> None:
+    if markup := _TEMPLATE_MARKUP.match(text):
+        raise RowError(
+            f"{what} begins with {markup[1]!r}, a chat template's markup, which the policy's template would write "
+            "around it once more. Take the markup off (give messages, or the bare text), or set `text_format: plain`"
+        )
 
 
 def _turns_of_answer(text: str, name: str, fields: RankedFields, where: str, *, hh: bool) -> str | list[Turn]:
     form = fields.text_format
-    if form in (None, "json") and (found := _json_messages(text, fields)) is not None:
-        if form is None:
+    if form == "plain":
+        return text
+    if is_hh(text):
+        return parse_hh_dialogue(text if text.startswith("\n") else text.lstrip(), where)
+    if (found := _json_messages(text, fields)) is not None:
+        if form != "json":
+            remedy = "Set `text_format: json` to read it as messages, or `text_format: plain` if it is the response"
             raise RowError(
-                f"{where}: {name!r} is text that holds messages in JSON. Set `text_format: json` to read it as "
-                "messages, or `text_format: plain` if it is the response itself"
+                f"{where}: {name!r} is text that holds messages in JSON. {remedy if form is None else 'Remove the row'}"
             )
         return messages(found, fields, f"{where}: {name}")
-    hh = form == "hh" or (form is None and hh)
-    if form in (None, "hh") and is_hh(text):
-        return parse_hh_dialogue(text if text.startswith("\n") else text.lstrip(), where)
+    _refuse_markup(text, f"{where}: {name!r}")
+    hh = hh or form == "hh"
     if hh and has_marks(text):
         raise RowError(
             f"{where}: {name!r} goes on with another turn ('\\n\\nHuman:' or '\\n\\nAssistant:' in it). Cut it there, "
