@@ -11,7 +11,7 @@ from poft_plugin.config.blocks import Block
 class ReferenceConfig(Block):
     """One aligned reference LLM: a model that this project scores with, or a file of scores made elsewhere."""
 
-    model: str | None = Field(None, description="Hub id or local folder of the reference.")
+    model: str | None = Field(None, description="Hub id or local folder of the reference, or a GGUF file in one.")
     scores: str | None = Field(
         None, description="Parquet file of scores made elsewhere (`row_key, reward`); nothing is loaded."
     )
@@ -24,7 +24,7 @@ class ReferenceConfig(Block):
         None, description="bitsandbytes quantization; part of the score's identity."
     )
     attn_implementation: str | None = Field(
-        None, description="transformers' attention implementation; null: its own choice."
+        None, description="transformers' attention implementation; null: its own choice, or `eager` for a soft-cap."
     )
     devices: int = Field(1, ge=1, description="GPUs per copy (device_map), for references larger than one.")
     chat_template: str | None = Field(None, description="null: the tokenizer's own; or a file, or Jinja text.")

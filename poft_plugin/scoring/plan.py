@@ -144,7 +144,7 @@ def probe(
         run: this process.
     """
     device = accelerator(run, scorer.devices)
-    every = list(batches(prepared, batch_tokens or default_batch_tokens(device)))
+    every = list(batches(prepared, batch_tokens or default_batch_tokens(device), scorer.batch_group))
     picked = [every[int(i)] for i in np.unique(np.linspace(0, len(every) - 1, count).astype(int))]
     scorer.load(device)
     scorer.score(picked[0])

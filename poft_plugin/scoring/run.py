@@ -6,7 +6,7 @@ every now and then (so that little is lost when it is stopped), and then waits u
 
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -124,7 +124,8 @@ def score_prepared(
     flushed = time.monotonic()
     try:
         with progress(total=len(prepared), description=f"{scorer.name}: scores") as bar:
-            for batch in batches(prepared, batch_tokens or default_batch_tokens(device)):
+            budget = batch_tokens or default_batch_tokens(device)
+            for batch in batches(prepared, budget, scorer.batch_group):
                 scores = scorer.score(batch)
                 _check_finite(scorer, scores, rows)
                 done += scores
@@ -216,17 +217,28 @@ def default_batch_tokens(device: str) -> int:
     return 1024 if device == "cpu" else 8192
 
 
-def batches(rows: Sequence[PreparedRow], batch_tokens: int) -> Iterator[list[PreparedRow]]:
+def batches(
+    rows: Sequence[PreparedRow], batch_tokens: int, group: Callable[[int], Hashable]
+) -> Iterator[list[PreparedRow]]:
     """Batches of rows of like length, longest first, `rows x longest` within the budget.
+
+    Args:
+        rows: to be divided.
+        batch_tokens: the budget; a longer row makes a batch of its own.
+        group: of a length; rows of different groups are not in one batch, for a row's score is that of the row alone.
 
     Examples:
         >>> row = lambda n: PreparedRow(str(n), np.zeros(n, np.int32), np.zeros(n, bool))
-        >>> [[len(r) for r in batch] for batch in batches([row(2), row(9), row(3), row(4)], 8)]
+        >>> rows = [row(2), row(9), row(3), row(4)]
+        >>> [[len(r) for r in batch] for batch in batches(rows, 8, lambda length: 0)]
         [[9], [4, 3], [2]]
+        >>> [[len(r) for r in batch] for batch in batches(rows, 99, lambda length: length > 3)]
+        [[9, 4], [3, 2]]
     """
     batch: list[PreparedRow] = []
     for row in sorted(rows, key=lambda row: (-len(row), row.key)):
-        if batch and len(batch[0]) * (len(batch) + 1) > batch_tokens:
+        full = len(batch) > 0 and len(batch[0]) * (len(batch) + 1) > batch_tokens
+        if full or (batch and group(len(row)) != group(len(batch[0]))):
             yield batch
             batch = []
         batch.append(row)
