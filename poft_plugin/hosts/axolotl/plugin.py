@@ -17,6 +17,7 @@ import poft_plugin.hosts.axolotl.strategy  # noqa: F401
 from poft_plugin import __version__
 from poft_plugin.hosts.axolotl.args import TAKEN_OVER
 from poft_plugin.hosts.axolotl.compat import TESTED_VERSIONS, prepare_cpu_ranks
+from poft_plugin.hosts.axolotl.errors import install_hook, one_message
 from poft_plugin.hosts.axolotl.run import MethodRun, take_over
 
 LOG = get_logger("axolotl.poft_plugin")  # the host shows messages of its own namespace only
@@ -34,10 +35,12 @@ class PoftPlugin(BasePlugin):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__()
+        install_hook()
         self.method_run: MethodRun | None = None
         self._statistics: Mapping[str, float] = {}
         self._tensors: Mapping[str, np.ndarray] = {}
 
+    @one_message()
     def register(self, cfg: DictDefault) -> None:
         """Validates our blocks, takes `rl` off the raw config, rewrites its dataset entries."""
         self.method_run = take_over(cfg)
@@ -51,6 +54,7 @@ class PoftPlugin(BasePlugin):  # type: ignore[misc]
         """Our keys in the host's schema."""
         return "poft_plugin.hosts.axolotl.args.PoftPluginArgs"
 
+    @one_message()
     def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> Any:
         """The host's rows, scored, joined and filtered."""
         run = self._run(cfg)
@@ -63,6 +67,7 @@ class PoftPlugin(BasePlugin):  # type: ignore[misc]
         meta, self._statistics, self._tensors = prepare(cfg, run, purpose)
         return meta
 
+    @one_message()
     def get_training_args(self, cfg: DictDefault) -> dict[str, Any] | None:
         """Keeps our columns, the last batch of a data set unless its loss was asked for, and whole epochs.
 
@@ -76,6 +81,7 @@ class PoftPlugin(BasePlugin):  # type: ignore[misc]
             "max_steps": cfg.max_steps or -1,
         }
 
+    @one_message()
     def get_collator_cls_and_kwargs(self, cfg: DictDefault, is_eval: bool = False) -> Any:
         """Our batch layout around the host's own collator."""
         run = self._run(cfg)
@@ -85,6 +91,7 @@ class PoftPlugin(BasePlugin):  # type: ignore[misc]
 
         return host_collator(cfg, run.method, is_eval=is_eval), {}
 
+    @one_message()
     def get_trainer_cls(self, cfg: DictDefault) -> Any:
         """The trainer class of this run."""
         run = self._run(cfg)
