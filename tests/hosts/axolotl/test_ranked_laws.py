@@ -156,10 +156,10 @@ USER, GOOD, BAD = (
 @pytest.mark.parametrize(
     ("kind", "dialogues", "answers"),
     [
-        (PAIRS[0], ["messages", "hh", "hh open"], ["messages", "message", "text"]),
+        (PAIRS[0], ["messages", "hh", "hh open"], ["messages", "hh", "hh open", "message", "text"]),
         (DIALOGUES, ["messages", "json", "hh", "hh open"], []),
         (HH_RLHF, ["hh", "hh open"], ["text"]),
-        (RANKED, ["messages", "hh", "hh open"], ["messages", "message", "text"]),
+        (RANKED, ["messages", "hh", "hh open"], ["messages", "hh", "hh open", "message", "text"]),
     ],
 )
 def test_the_law_is_not_kept_by_refusing_everything(kind: str, dialogues: list[str], answers: list[str]) -> None:
