@@ -368,7 +368,7 @@ def test_a_head_that_does_more_than_is_known_is_refused(
         ):
             grader(graders["llama"], cache).load("cpu")
     with monkeypatch.context() as patch:
-        patch.setattr(reward_model, "last_hidden", lambda hidden, mask: hidden[:, -1])
+        patch.setattr(reward_model, "pooled_hidden", lambda hidden, *_: hidden[:, -1])
         with pytest.raises(ValueError, match=r"differs by .* in a padded batch .*float32.*cannot be used"):
             grader(graders["llama"], cache).load("cpu")
     grader(graders["llama"], cache).load("cpu")

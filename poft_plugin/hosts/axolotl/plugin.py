@@ -61,8 +61,10 @@ class PoftPlugin(BasePlugin):  # type: ignore[misc]
         if run is None:
             return None
         from poft_plugin.hosts.axolotl.datasets import prepare
+        from poft_plugin.hosts.axolotl.policy import check_policy_weights
 
         prepare_cpu_ranks(cfg)
+        check_policy_weights(cfg, train=not preprocess)
         purpose = "preprocess" if preprocess else "train"
         meta, self._statistics, self._tensors = prepare(cfg, run, purpose)
         return meta
