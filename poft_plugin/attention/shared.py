@@ -41,12 +41,28 @@ def use_shared_attention(model: nn.Module) -> None:
         ValueError: if it attends in another way.
     """
     inner = unwrapped(model)
-    asked = inner.config.get_text_config()._attn_implementation
+    asked = attention_of(model)
     if asked not in ("sdpa", NAME):
         raise ValueError(f"share_prompt: true with attn_implementation: {asked!r}: set it to sdpa")
     AttentionInterface.register(NAME, shared_attention)
     AttentionMaskInterface.register(NAME, packed_mask)
     inner.set_attn_implementation(NAME)
+
+
+def attention_of(model: nn.Module) -> str | None:
+    """The attention implementation that a model has."""
+    found: str | None = unwrapped(model).config.get_text_config()._attn_implementation
+    return found
+
+
+def window_of(config: Any) -> int | None:
+    """The tokens that a token sees at most, where that is bounded: a model's sliding window or chunk.
+
+    Args:
+        config: of the model's text part.
+    """
+    bounds = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return min((bound for bound in bounds if bound), default=None)
 
 
 def shared_attention(
@@ -76,15 +92,15 @@ def shared_attention(
     Raises:
         ValueError: if the architecture does not hand its position ids on, or masks more than a pack does.
     """
-    packed = attention_mask is not None and attention_mask.ndim == 2
-    if not packed:
+    if attention_mask is None or attention_mask.ndim != 2:
         if module.training and position_ids is not None and _goes_on(position_ids):
             raise ValueError(f"{type(module).__name__}: it has a mask of its own. {REMEDY}")
         output: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return output
-    assert kwargs.get("position_bias") is None, "a bias on positions is not known here"
+    if kwargs.get("position_bias") is not None:
+        raise ValueError(f"{type(module).__name__}: it has a bias on positions. {REMEDY}")
     if position_ids is None or position_ids.ndim != 2:
         raise ValueError(f"{type(module).__name__}: it does not tell attention its position ids. {REMEDY}")
     settings = {"dropout_p": dropout, "scale": scaling}
@@ -218,4 +234,5 @@ def _probe_logps(model: nn.Module, batch: dict[str, Tensor], device: torch.devic
     given = {name: batch[name].to(device) for name in ("input_ids", "position_ids")}
     chosen = {"response_positions": positions.to(device), "response_targets": targets.to(device)}
     answer = model(**given, **chosen, use_cache=False)
-    return answer[0] if isinstance(answer, tuple) else answer
+    logps: Tensor = answer[0] if isinstance(answer, tuple) else answer
+    return logps

@@ -15,6 +15,7 @@ from poft_plugin.data.rows import Conversation, RowError
 from poft_plugin.losses import install_response_forward, mean_logps, response_positions
 from poft_plugin.losses.head import check_head
 from poft_plugin.losses.logps import IGNORED
+from poft_plugin.scoring.packs import lay_out, pack_inputs, predictions
 from poft_plugin.scoring.pretrained import PretrainedScorer
 from poft_plugin.scoring.scorer import Identity, PreparedRow, Score
 
@@ -97,32 +98,45 @@ class CausalLMScorer(PretrainedScorer):
         parts = install_response_forward(model)
         self._model, self._device = model, device
         check_head(model, parts.transform, int(parts.head.weight.shape[0]), torch.device(device))
+        self._try_packs()
 
     @property
     def quantization_config(self) -> BitsAndBytesConfig | None:
         """How bitsandbytes is to shrink the weights, or None."""
         return _quantization(self.settings.quantization, self.dtype)
 
-    def score(self, batch: Sequence[PreparedRow]) -> list[Score]:
-        """Rewards of a batch of prepared rows: right-padded, the head on response positions only.
+    def _scores(self, batch: Sequence[PreparedRow], *, packed: bool) -> list[Score]:
+        """Rewards of a batch of prepared rows, the head on response positions only: as a pack, or right-padded."""
+        with torch.inference_mode():
+            logps, numbers = self._packed(batch) if packed else self._padded(batch)
+            rewards, counts = mean_logps(logps.double(), numbers.to(logps.device), len(batch))
+        return [
+            Score(row.key, reward, int(count))
+            for row, reward, count in zip(batch, rewards.tolist(), counts.tolist(), strict=True)
+        ]
+
+    def _packed(self, batch: Sequence[PreparedRow]) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(N,)` log-probabilities of counted tokens and their rows, what rows begin with in common read once."""
+        pack = lay_out(batch)
+        positions, targets, numbers = map(torch.from_numpy, predictions(batch, pack))
+        logps = self._model(
+            **pack_inputs(pack, self._device),
+            use_cache=False,
+            response_positions=positions.to(self._device),
+            response_targets=targets.to(self._device),
+        )
+        return logps, numbers
+
+    def _padded(self, batch: Sequence[PreparedRow]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same from a right-padded batch.
 
         No attention mask: in a causal model no token sees the padding that comes after it, and without a mask
         attention takes its fast way.
         """
         ids, labels, sequences = (tensor.to(self._device) for tensor in _padded(batch))
         positions, targets, numbers = response_positions(labels, sequences)
-        with torch.inference_mode():
-            logps = self._model(
-                input_ids=ids,
-                use_cache=False,
-                response_positions=positions,
-                response_targets=targets,
-            )
-            rewards, counts = mean_logps(logps.double(), numbers.to(logps.device), len(batch))
-        return [
-            Score(row.key, reward, int(count))
-            for row, reward, count in zip(batch, rewards.tolist(), counts.tolist(), strict=True)
-        ]
+        logps = self._model(input_ids=ids, use_cache=False, response_positions=positions, response_targets=targets)
+        return logps, numbers
 
     def remark(self, prepared: Sequence[PreparedRow]) -> str | None:
         """Nothing: what is cut or dropped was asked for."""
