@@ -18,6 +18,9 @@ class RewardModelConfig(Block):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Weights' dtype; `auto`: as the checkpoint says."
     )
+    attn_implementation: str | None = Field(
+        None, description="transformers' attention implementation; null: its own choice, or `eager` for a soft-cap."
+    )
     chat_template: str | None = Field(None, description="null: the tokenizer's own; or a file, or Jinja text.")
     system_turns: Literal["keep", "merge", "drop"] = Field(
         "keep", description="keep | merge (into the first user turn) | drop: some templates refuse system turns."

@@ -11,7 +11,7 @@ from poft_plugin.config.blocks import Block
 class ReferenceConfig(Block):
     """One aligned reference LLM: a model that this project scores with, or a file of scores made elsewhere."""
 
-    model: str | None = Field(None, description="Hub id or local folder of the reference.")
+    model: str | None = Field(None, description="Hub id or local folder of the reference, or a GGUF file in one.")
     scores: str | None = Field(
         None, description="Parquet file of scores made elsewhere (`row_key, reward`); nothing is loaded."
     )
@@ -24,7 +24,7 @@ class ReferenceConfig(Block):
         None, description="bitsandbytes quantization; part of the score's identity."
     )
     attn_implementation: str | None = Field(
-        None, description="transformers' attention implementation; null: its own choice."
+        None, description="transformers' attention implementation; null: its own choice, or `eager` for a soft-cap."
     )
     devices: int = Field(1, ge=1, description="GPUs per copy (device_map), for references larger than one.")
     chat_template: str | None = Field(None, description="null: the tokenizer's own; or a file, or Jinja text.")
@@ -74,6 +74,11 @@ class PoftConfig(Block):
         100.0, gt=0, le=100, description="Share of training rows kept, by preference score (Fig. 4), in percent."
     )
     keep_within: str = Field("none", description="Rank rows for `keep_top_percent` within: none | dataset | <column>.")
+    on_bad_row: Literal["error", "drop"] = Field(
+        "error",
+        description="A row that cannot be read, or that the policy's or a reference's chat template refuses or "
+        "changes: error | drop it.",
+    )
     missing_scores: Literal["score", "error"] = Field(
         "score", description="What `axolotl train` does with rows that have no cached score: score | error."
     )

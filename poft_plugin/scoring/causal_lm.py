@@ -15,8 +15,9 @@ from poft_plugin.data.rows import Conversation, RowError
 from poft_plugin.losses import install_response_forward, mean_logps, response_positions
 from poft_plugin.losses.head import check_head
 from poft_plugin.losses.logps import IGNORED
+from poft_plugin.scoring.loading import load_complete
 from poft_plugin.scoring.packs import lay_out, pack_inputs, predictions
-from poft_plugin.scoring.pretrained import PretrainedScorer
+from poft_plugin.scoring.pretrained import PROBE_TOKENS, PROBE_TOLERANCE, PretrainedScorer
 from poft_plugin.scoring.scorer import Identity, PreparedRow, Score
 
 CONTRACT = "causal LM, mean log-probability of the response, version 1"
@@ -55,6 +56,19 @@ class CausalLMScorer(PretrainedScorer):
             include_end_of_turn=self.include_end_of_turn,
         )
 
+    def check(self) -> None:
+        """Opens tokenizer, config and template, without weights.
+
+        Raises:
+            ValueError: for a missing template, a slow tokenizer, or settings that do not fit the model.
+        """
+        if self.checkpoint.gguf is not None and self.settings.quantization is not None:
+            raise ValueError(
+                f"{self.title}: quantization: {self.settings.quantization} cannot be had on top of a GGUF file, whose "
+                "weights are dequantised; remove it"
+            )
+        _ = self.attention, self.renderer
+
     def prepare(self, key: str, conversation: Conversation, where: str) -> PreparedRow:
         """Tokenizes a row; with `on_long_row: truncate` it is cut at its end to the context length.
 
@@ -62,6 +76,7 @@ class CausalLMScorer(PretrainedScorer):
             RowError: as the renderer, or if nothing of the response is left.
         """
         rendered = self.render(conversation, where)
+        self.check_ids(np.asarray(rendered.input_ids), where)
         length = self.context_length if self.settings.on_long_row == "truncate" else None
         counted = np.asarray(rendered.counted[:length], dtype=bool)
         if not counted.any():
@@ -85,12 +100,15 @@ class CausalLMScorer(PretrainedScorer):
         """Loads the weights onto `device` and the next ones that a copy takes.
 
         Raises:
-            ValueError: if the head does not give what the model's own logits say.
+            ValueError: if the checkpoint is not complete, the head does not give what the model's own logits say, or
+                a row's score depends on the rows beside it.
         """
-        model = AutoModelForCausalLM.from_pretrained(
+        model = load_complete(
+            AutoModelForCausalLM,
             self.checkpoint.location,
+            self.title,
             dtype=self.dtype,
-            attn_implementation=self.settings.attn_implementation,
+            attn_implementation=self.attention,
             quantization_config=self.quantization_config,
             **_placement(device, self.settings.devices),
             **self._source,
@@ -98,6 +116,7 @@ class CausalLMScorer(PretrainedScorer):
         parts = install_response_forward(model)
         self._model, self._device = model, device
         check_head(model, parts.transform, int(parts.head.weight.shape[0]), torch.device(device))
+        self._check_batches()
         self._try_packs()
 
     @property
@@ -107,6 +126,8 @@ class CausalLMScorer(PretrainedScorer):
 
     def _scores(self, batch: Sequence[PreparedRow], *, packed: bool) -> list[Score]:
         """Rewards of a batch of prepared rows, the head on response positions only: as a pack, or right-padded."""
+        if self.rope.forgets(max(map(len, batch))):
+            self._forget_longer_rows(int(batch[0].input_ids[0]))
         with torch.inference_mode():
             logps, numbers = self._packed(batch) if packed else self._padded(batch)
             rewards, counts = mean_logps(logps.double(), numbers.to(logps.device), len(batch))
@@ -137,6 +158,26 @@ class CausalLMScorer(PretrainedScorer):
         positions, targets, numbers = response_positions(labels, sequences)
         logps = self._model(input_ids=ids, use_cache=False, response_positions=positions, response_targets=targets)
         return logps, numbers
+
+    def _forget_longer_rows(self, token: int) -> None:
+        """Brings dynamic frequencies back to where they began, as a short row does."""
+        with torch.inference_mode():
+            self._model.base_model(input_ids=torch.tensor([[token]], device=self._device), use_cache=False)
+
+    def _check_batches(self) -> None:
+        """A row's score must be that of the row alone; few models break that (some that look at what comes after)."""
+        random = np.random.default_rng(0)
+        words = random.integers(0, self._model.get_input_embeddings().num_embeddings, PROBE_TOKENS)
+        rows = [PreparedRow("", ids, np.arange(len(ids)) > 0) for ids in (words, words[: PROBE_TOKENS // 2])]
+        alone = np.array([self._scores([row], packed=False)[0].reward for row in rows])
+        worst = float(np.abs(alone - [score.reward for score in self._scores(rows, packed=False)]).max())
+        allowed = PROBE_TOLERANCE[self.dtype] * float(np.abs(alone).max())
+        if worst > allowed:
+            raise ValueError(
+                f"{self.title}: {type(self._model).__name__}: a row's score differs by {worst:.3g} in a padded batch "
+                f"(allowed: {allowed:.3g}, in {str(self.dtype).removeprefix('torch.')}). This architecture cannot be "
+                "used"
+            )
 
     def remark(self, prepared: Sequence[PreparedRow]) -> str | None:
         """Nothing: what is cut or dropped was asked for."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateSyntaxError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from poft_plugin.attention.shared import attention_of, use_shared_attention, window_of
@@ -19,13 +19,21 @@ from poft_plugin.config import ReferenceConfig, RewardModelConfig
 from poft_plugin.data.preparation import Rows
 from poft_plugin.data.render import Rendered, Renderer
 from poft_plugin.data.rows import Conversation
+from poft_plugin.data.templates import EndlessTemplateError, TemplateFailedError, render_template
 from poft_plugin.losses.head import unwrapped
+from poft_plugin.scoring.attention import complete_attention
 from poft_plugin.scoring.checkpoints import Checkpoint
+from poft_plugin.scoring.gguf_files import correct_special_tokens, gguf_path
 from poft_plugin.scoring.packs import probe_rows
+from poft_plugin.scoring.rope import RopeBounds, rope_bounds
 from poft_plugin.scoring.scorer import Identity, PreparedRow, Score
 
 PACK_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.03}
 """Of the largest score of the rows that packs are tried on. A row that misses its beginning is off by far more."""
+
+PROBE_TOKENS = 12
+PROBE_TOLERANCE = {torch.float32: 0.01, torch.float16: 0.02, torch.bfloat16: 0.1}
+"""Of the largest score in the probe. A wrong pooling is off by as much as scores differ from row to row."""
 
 _PROBE = [{"role": "user", "content": "?"}]
 
@@ -77,7 +85,10 @@ class PretrainedScorer(ABC):
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Its tokenizer."""
-        return AutoTokenizer.from_pretrained(self.checkpoint.location, **self._source)
+        tokenizer = AutoTokenizer.from_pretrained(self.checkpoint.location, **self._source)
+        if self.checkpoint.gguf is not None:
+            correct_special_tokens(tokenizer, gguf_path(self.checkpoint))
+        return tokenizer
 
     @cached_property
     def config(self) -> Any:
@@ -93,10 +104,7 @@ class PretrainedScorer(ABC):
         """
         given = self.settings.chat_template
         if given is not None:
-            is_file = len(given) < 4096 and "{" not in given
-            if is_file and not Path(given).is_file():
-                raise ValueError(f"{self.title}: chat_template {given!r}: no such file, and not Jinja text")
-            return Path(given).read_text() if is_file else given
+            return given if "{" in given else self._template_file(given)
         template = self.tokenizer.chat_template
         if isinstance(template, dict):
             template = template.get("default")
@@ -110,14 +118,33 @@ class PretrainedScorer(ABC):
             ValueError: if its template is not valid Jinja.
         """
         try:
-            self.tokenizer.apply_chat_template(_PROBE, chat_template=self.chat_template, tokenize=False)
-        except TemplateSyntaxError as error:
-            raise ValueError(
-                f"{self.title}: its chat template is not valid Jinja: {error}. Correct `chat_template:`"
-            ) from error
-        except (TemplateError, ValueError, TypeError, KeyError, IndexError):
-            pass  # it may refuse a conversation like this one
+            render_template(self.tokenizer, _PROBE, chat_template=self.chat_template)
+        except EndlessTemplateError as error:
+            raise ValueError(f"{self.title}: its chat template: {error}. Correct `chat_template:`") from error
+        except TemplateFailedError as error:  # it may refuse a conversation like this one
+            if isinstance(error.__cause__, TemplateSyntaxError):
+                raise ValueError(
+                    f"{self.title}: its chat template is not valid Jinja: {error}. Correct `chat_template:`"
+                ) from error
         return self._make_renderer()
+
+    @cached_property
+    def attention(self) -> str | None:
+        """Transformers' name of the attention to score with; None for its own choice.
+
+        Raises:
+            ValueError: if the chosen one leaves out what the model's config asks for.
+        """
+        return complete_attention(self.config.get_text_config(), self.settings.attn_implementation, self.title)
+
+    @cached_property
+    def rope(self) -> RopeBounds:
+        """Lengths at which its rotary positions change their frequencies."""
+        return rope_bounds(self.config.get_text_config())
+
+    def batch_group(self, length: int) -> tuple[int, int]:
+        """Rows of this many tokens share batches only with rows of the same group."""
+        return self.rope.group(length)
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -131,6 +158,24 @@ class PretrainedScorer(ABC):
     def prepare_row(self, rows: Rows, index: int) -> PreparedRow:
         """Tokenizes one of the rows, whatever its length; `RowError` where it cannot be scored."""
         return self.prepare(rows.keys[index].as_py(), rows.conversation(index), rows.where(index))
+
+    def check_ids(self, ids: np.ndarray, where: str) -> None:
+        """Refuses tokens that the weights have no row for.
+
+        Looked for in rows, not in the vocabulary: tokenizers hold tokens beyond the weights that no text has
+        (Gemma 3's of images).
+
+        Raises:
+            ValueError: naming token and sizes; it is the model that does not fit, not the row.
+        """
+        known = int(self.config.get_text_config().vocab_size)
+        highest = int(ids.max(initial=0))
+        if highest >= known:
+            raise ValueError(
+                f"{self.title} ({self.settings.model}): its tokenizer has {len(self.tokenizer)} tokens, its weights "
+                f"{known}: {self.tokenizer.convert_ids_to_tokens(highest)!r} (id {highest}, in {where}) has none. Save "
+                "the model with resized embeddings, trained ones, or give it the tokenizer that belongs to it"
+            )
 
     @abstractmethod
     def prepare(self, key: str, conversation: Conversation, where: str) -> PreparedRow:
@@ -162,6 +207,13 @@ class PretrainedScorer(ABC):
         self._model, self._pack_length = None, 0
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def _template_file(self, name: str) -> str:
+        try:
+            return Path(name).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
+            raise ValueError(f"{self.title}: chat_template {name!r}: {reason}, and not Jinja text") from error
 
     @abstractmethod
     def _default_template(self) -> str:
@@ -224,4 +276,6 @@ class PretrainedScorer(ABC):
 
     @property
     def _source(self) -> dict[str, Any]:
-        return {"revision": self.checkpoint.commit or "main", "trust_remote_code": self.settings.trust_remote_code}
+        code = {"trust_remote_code": self.settings.trust_remote_code}
+        file = {} if self.checkpoint.gguf is None else {"gguf_file": self.checkpoint.gguf}
+        return {"revision": self.checkpoint.commit or "main", **code, **file}

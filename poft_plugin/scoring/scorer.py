@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -110,6 +110,10 @@ class Scorer(Protocol):
     @property
     def devices(self) -> int:
         """Accelerators that one copy takes."""
+        ...
+
+    def batch_group(self, length: int) -> Hashable:
+        """Rows of this many tokens share batches only with rows of the same group; most models know one group."""
         ...
 
     def prepare_row(self, rows: Rows, index: int) -> PreparedRow:

@@ -34,7 +34,7 @@ from poft_plugin.scoring.checkpoints import resolve_checkpoint
 from poft_plugin.scoring.scorer import Identity, PreparedRow
 from poft_plugin.scoring.sources import Source, score_all
 
-CONTRACT = "causal LM, mean log-probability of the labels of given tokens, version 1"
+CONTRACT = "causal LM, mean log-probability of the labels of given tokens, version 2"
 KIND = "start policy"
 TOKENS, LABELS = "input_ids", "labels"
 
@@ -55,6 +55,11 @@ class StartPolicyScorer(CausalLMScorer):
     def kind(self) -> str:
         """What it is in messages."""
         return KIND
+
+    @property
+    def attention(self) -> str | None:
+        """As the policy's, whatever it leaves out: both are to be the same function."""
+        return self.settings.attn_implementation
 
     @cached_property
     def identity(self) -> Identity:

@@ -15,7 +15,9 @@ from axolotl.utils.logging import get_logger
 # the host finds the strategy by name, and takes a ModuleNotFoundError in it for an unknown dataset type
 import poft_plugin.hosts.axolotl.strategy  # noqa: F401
 from poft_plugin import __version__
+from poft_plugin.hosts.axolotl.args import TAKEN_OVER
 from poft_plugin.hosts.axolotl.compat import TESTED_VERSIONS, prepare_cpu_ranks
+from poft_plugin.hosts.axolotl.errors import install_hook, one_message
 from poft_plugin.hosts.axolotl.run import MethodRun, take_over
 
 LOG = get_logger("axolotl.poft_plugin")  # the host shows messages of its own namespace only
@@ -33,10 +35,12 @@ class PoftPlugin(BasePlugin):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__()
+        install_hook()
         self.method_run: MethodRun | None = None
         self._statistics: Mapping[str, float] = {}
         self._tensors: Mapping[str, np.ndarray] = {}
 
+    @one_message()
     def register(self, cfg: DictDefault) -> None:
         """Validates our blocks, takes `rl` off the raw config, rewrites its dataset entries."""
         self.method_run = take_over(cfg)
@@ -50,23 +54,26 @@ class PoftPlugin(BasePlugin):  # type: ignore[misc]
         """Our keys in the host's schema."""
         return "poft_plugin.hosts.axolotl.args.PoftPluginArgs"
 
+    @one_message()
     def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> Any:
         """The host's rows, scored, joined and filtered."""
-        if self.method_run is None:
+        run = self._run(cfg)
+        if run is None:
             return None
         from poft_plugin.hosts.axolotl.datasets import prepare
 
         prepare_cpu_ranks(cfg)
         purpose = "preprocess" if preprocess else "train"
-        meta, self._statistics, self._tensors = prepare(cfg, self.method_run, purpose)
+        meta, self._statistics, self._tensors = prepare(cfg, run, purpose)
         return meta
 
+    @one_message()
     def get_training_args(self, cfg: DictDefault) -> dict[str, Any] | None:
         """Keeps our columns, the last batch of a data set unless its loss was asked for, and whole epochs.
 
         The host would stop at its own estimate of the number of steps, which can fall inside the last epoch.
         """
-        if self.method_run is None:
+        if self._run(cfg) is None:
             return None
         return {
             "remove_unused_columns": False,
@@ -74,26 +81,34 @@ class PoftPlugin(BasePlugin):  # type: ignore[misc]
             "max_steps": cfg.max_steps or -1,
         }
 
+    @one_message()
     def get_collator_cls_and_kwargs(self, cfg: DictDefault, is_eval: bool = False) -> Any:
         """Our batch layout around the host's own collator."""
-        if self.method_run is None:
+        run = self._run(cfg)
+        if run is None:
             return None
         from poft_plugin.hosts.axolotl.collators import host_collator
 
-        return host_collator(cfg, self.method_run.method, is_eval=is_eval), {}
+        return host_collator(cfg, run.method, is_eval=is_eval), {}
 
+    @one_message()
     def get_trainer_cls(self, cfg: DictDefault) -> Any:
         """The trainer class of this run."""
-        if self.method_run is None:
+        run = self._run(cfg)
+        if run is None:
             return None
         from poft_plugin.hosts.axolotl.trainer import trainer_class
 
-        return trainer_class(self.method_run, cfg, self._tensors)
+        return trainer_class(run, cfg, self._tensors)
 
     def add_callbacks_post_trainer(self, cfg: DictDefault, trainer: Any) -> list[Any]:
         """Logs the references' statistics once, to every tracker that the host runs."""
-        if self.method_run is None or not self._statistics:
+        if self._run(cfg) is None or not self._statistics:
             return []
         from poft_plugin.hosts.axolotl.callbacks import LogOnce
 
         return [LogOnce(trainer, self._statistics)]
+
+    def _run(self, cfg: DictDefault) -> MethodRun | None:
+        """The run that a config asks for: after ours, the host asks this plugin about later configs in the process."""
+        return self.method_run if cfg.get(TAKEN_OVER) else None

@@ -6,9 +6,17 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from poft_plugin.config import DeftConfig, RankingConfig, RowFilterConfig, parse_block, settings_model
+from poft_plugin.config import (
+    DeftConfig,
+    PoftConfig,
+    RankingConfig,
+    RowFilterConfig,
+    parse_block,
+    settings_model,
+)
 from poft_plugin.hosts.axolotl.args import TAKEN_KEYS, TAKEN_OVER
 from poft_plugin.hosts.axolotl.checks import check_settings
+from poft_plugin.hosts.axolotl.compat import name_plugin
 from poft_plugin.hosts.axolotl.entries import take_over_entries
 from poft_plugin.methods import Method
 from poft_plugin.plugins import load_object, registry
@@ -95,9 +103,11 @@ def take_over(cfg: Any) -> MethodRun | None:
     filters = _filters(cfg, settings)
     cfg.pop("rl", None)
     cfg[TAKEN_OVER] = method.name
+    name_plugin(cfg)
     if cfg.get("sample_packing") and cfg.get("eval_sample_packing") is None:
         cfg["eval_sample_packing"] = False
-    take_over_entries(cfg, method, _group_column(filters, settings))
+    drops = isinstance(settings, PoftConfig) and settings.on_bad_row == "drop"
+    take_over_entries(cfg, method, _group_column(filters, settings), drop_bad_rows=drops)
     return MethodRun(method, settings, filters, keys, base_settings)
 
 
