@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from poft_plugin.attention.shared import check_shared_prompts, use_shared_attention
 from poft_plugin.data.collate import GROUP_IDS, SEQUENCE_IDS
 from poft_plugin.data.columns import ROW_INDEX, SCORES
-from poft_plugin.hosts.shared_attention import check_shared_prompts, use_shared_attention
 from poft_plugin.losses import LanguageModel, install_response_forward, mean_logps, response_positions, sum_logps
 from poft_plugin.losses.head import check_head
 from poft_plugin.trainers.metrics import MetricSums, merged

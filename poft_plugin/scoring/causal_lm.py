@@ -16,6 +16,7 @@ from poft_plugin.losses import install_response_forward, mean_logps, response_po
 from poft_plugin.losses.head import check_head
 from poft_plugin.losses.logps import IGNORED
 from poft_plugin.scoring.loading import load_complete
+from poft_plugin.scoring.packs import lay_out, pack_inputs, predictions
 from poft_plugin.scoring.pretrained import PROBE_TOKENS, PROBE_TOLERANCE, PretrainedScorer
 from poft_plugin.scoring.scorer import Identity, PreparedRow, Score
 
@@ -116,38 +117,47 @@ class CausalLMScorer(PretrainedScorer):
         self._model, self._device = model, device
         check_head(model, parts.transform, int(parts.head.weight.shape[0]), torch.device(device))
         self._check_batches()
+        self._try_packs()
 
     @property
     def quantization_config(self) -> BitsAndBytesConfig | None:
         """How bitsandbytes is to shrink the weights, or None."""
         return _quantization(self.settings.quantization, self.dtype)
 
-    def score(self, batch: Sequence[PreparedRow]) -> list[Score]:
-        """Rewards of a batch of prepared rows: the head on response positions only."""
-        return self._measured(batch)
-
-    def _measured(self, batch: Sequence[PreparedRow]) -> list[Score]:
-        """The batch, right-padded, through the model.
-
-        No attention mask: in a causal model no token sees the padding that comes after it, and without a mask
-        attention takes its fast way.
-        """
+    def _scores(self, batch: Sequence[PreparedRow], *, packed: bool) -> list[Score]:
+        """Rewards of a batch of prepared rows, the head on response positions only: as a pack, or right-padded."""
         if self.rope.forgets(max(map(len, batch))):
             self._forget_longer_rows(int(batch[0].input_ids[0]))
-        ids, labels, sequences = (tensor.to(self._device) for tensor in _padded(batch))
-        positions, targets, numbers = response_positions(labels, sequences)
         with torch.inference_mode():
-            logps = self._model(
-                input_ids=ids,
-                use_cache=False,
-                response_positions=positions,
-                response_targets=targets,
-            )
+            logps, numbers = self._packed(batch) if packed else self._padded(batch)
             rewards, counts = mean_logps(logps.double(), numbers.to(logps.device), len(batch))
         return [
             Score(row.key, reward, int(count))
             for row, reward, count in zip(batch, rewards.tolist(), counts.tolist(), strict=True)
         ]
+
+    def _packed(self, batch: Sequence[PreparedRow]) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(N,)` log-probabilities of counted tokens and their rows, what rows begin with in common read once."""
+        pack = lay_out(batch)
+        positions, targets, numbers = map(torch.from_numpy, predictions(batch, pack))
+        logps = self._model(
+            **pack_inputs(pack, self._device),
+            use_cache=False,
+            response_positions=positions.to(self._device),
+            response_targets=targets.to(self._device),
+        )
+        return logps, numbers
+
+    def _padded(self, batch: Sequence[PreparedRow]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same from a right-padded batch.
+
+        No attention mask: in a causal model no token sees the padding that comes after it, and without a mask
+        attention takes its fast way.
+        """
+        ids, labels, sequences = (tensor.to(self._device) for tensor in _padded(batch))
+        positions, targets, numbers = response_positions(labels, sequences)
+        logps = self._model(input_ids=ids, use_cache=False, response_positions=positions, response_targets=targets)
+        return logps, numbers
 
     def _forget_longer_rows(self, token: int) -> None:
         """Brings dynamic frequencies back to where they began, as a short row does."""
@@ -159,8 +169,8 @@ class CausalLMScorer(PretrainedScorer):
         random = np.random.default_rng(0)
         words = random.integers(0, self._model.get_input_embeddings().num_embeddings, PROBE_TOKENS)
         rows = [PreparedRow("", ids, np.arange(len(ids)) > 0) for ids in (words, words[: PROBE_TOKENS // 2])]
-        alone = np.array([self._measured([row])[0].reward for row in rows])
-        worst = float(np.abs(alone - [score.reward for score in self._measured(rows)]).max())
+        alone = np.array([self._scores([row], packed=False)[0].reward for row in rows])
+        worst = float(np.abs(alone - [score.reward for score in self._scores(rows, packed=False)]).max())
         allowed = PROBE_TOLERANCE[self.dtype] * float(np.abs(alone).max())
         if worst > allowed:
             raise ValueError(

@@ -14,7 +14,7 @@ from rich.table import Table
 from poft_plugin.data.preparation import Rows, RunContext
 from poft_plugin.data.rows import RowError
 from poft_plugin.scoring.cache import Lookup, ScoreCache
-from poft_plugin.scoring.run import accelerator, batches, default_batch_tokens
+from poft_plugin.scoring.run import accelerator, batches_for, default_batch_tokens
 from poft_plugin.scoring.scorer import PreparedRow, Scorer
 from poft_plugin.scoring.sources import Source
 
@@ -144,9 +144,9 @@ def probe(
         run: this process.
     """
     device = accelerator(run, scorer.devices)
-    every = list(batches(prepared, batch_tokens or default_batch_tokens(device), scorer.batch_group))
-    picked = [every[int(i)] for i in np.unique(np.linspace(0, len(every) - 1, count).astype(int))]
     scorer.load(device)
+    every = list(batches_for(scorer, prepared, batch_tokens or default_batch_tokens(device)))
+    picked = [every[int(i)] for i in np.unique(np.linspace(0, len(every) - 1, count).astype(int))]
     scorer.score(picked[0])
     start = time.perf_counter()
     for batch in picked:

@@ -75,6 +75,17 @@ def pooled_hidden(hidden: Tensor, ids: Tensor, mask: Tensor, padding: int | None
     return hidden[torch.arange(len(hidden), device=hidden.device), positions]
 
 
+def pooled_position(ids: np.ndarray, padding: int | None) -> int:
+    """The position that `pooled_hidden` takes in one row.
+
+    Examples:
+        >>> [pooled_position(np.array([5, 6, 2]), padding) for padding in (2, None)]
+        [1, 2]
+    """
+    counted = np.flatnonzero(np.ones(len(ids), bool) if padding is None else ids != padding)
+    return int(counted[-1]) if len(counted) else 0
+
+
 def mean_hidden(hidden: Tensor, mask: Tensor) -> Tensor:
     """Mean of each row's hidden states over its real tokens.
 

@@ -1,7 +1,9 @@
 """What every scorer with a checkpoint shares: tokenizer, config, chat template, renderer, dtype, common identity."""
 
 import hashlib
+import sys
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,16 +14,22 @@ import torch
 from jinja2 import TemplateSyntaxError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from poft_plugin.attention.shared import attention_of, use_shared_attention, window_of
 from poft_plugin.config import ReferenceConfig, RewardModelConfig
 from poft_plugin.data.preparation import Rows
 from poft_plugin.data.render import Rendered, Renderer
 from poft_plugin.data.rows import Conversation
 from poft_plugin.data.templates import EndlessTemplateError, TemplateFailedError, render_template
+from poft_plugin.losses.head import unwrapped
 from poft_plugin.scoring.attention import complete_attention
 from poft_plugin.scoring.checkpoints import Checkpoint
 from poft_plugin.scoring.gguf_files import correct_special_tokens, gguf_path
+from poft_plugin.scoring.packs import probe_rows
 from poft_plugin.scoring.rope import RopeBounds, rope_bounds
-from poft_plugin.scoring.scorer import Identity, PreparedRow
+from poft_plugin.scoring.scorer import Identity, PreparedRow, Score
+
+PACK_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.03}
+"""Of the largest score of the rows that packs are tried on. A row that misses its beginning is off by far more."""
 
 PROBE_TOKENS = 12
 PROBE_TOLERANCE = {torch.float32: 0.01, torch.float16: 0.02, torch.bfloat16: 0.1}
@@ -57,6 +65,7 @@ class PretrainedScorer(ABC):
     checkpoint: Checkpoint
     _model: Any = field(default=None, init=False, repr=False)
     _device: str = field(default="cpu", init=False, repr=False)
+    _pack_length: int = field(default=0, init=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -180,9 +189,22 @@ class PretrainedScorer(ABC):
         """Parameters of the model, and of its head, from the config alone."""
         return self._sizes.total, self._sizes.head
 
+    @property
+    def pack_length(self) -> int:
+        """Tokens of the longest row that the loaded model reads in a pack, prefixes once; 0 where it reads none."""
+        return self._pack_length
+
+    def score(self, batch: Sequence[PreparedRow]) -> list[Score]:
+        """Scores one batch of prepared rows: as a pack, where the model reads packs and all rows fit, or padded."""
+        return self._scores(batch, packed=max(map(len, batch)) <= self._pack_length)
+
+    @abstractmethod
+    def _scores(self, batch: Sequence[PreparedRow], *, packed: bool) -> list[Score]:
+        """Scores of a batch in one of the two ways."""
+
     def unload(self) -> None:
         """Frees the weights."""
-        self._model = None
+        self._model, self._pack_length = None, 0
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -219,6 +241,23 @@ class PretrainedScorer(ABC):
                 **fields,
             }
         )
+
+    def _try_packs(self) -> None:
+        """Lets the loaded model read packs, if a few rows get there the scores that they get apart; says so if not."""
+        if attention_of(self._model) != "sdpa":
+            return
+        rows = probe_rows(int(self._model.get_input_embeddings().num_embeddings), self.tokenizer.all_special_ids)
+        apart = np.array([self._scores([row], packed=False)[0].reward for row in rows])
+        use_shared_attention(self._model)
+        try:
+            together = [score.reward for score in self._scores(rows, packed=True)]
+        except (TypeError, ValueError):  # it takes no position ids, or masks more than a pack does
+            together = [float("nan")] * len(rows)
+        if np.abs(apart - together).max() <= PACK_TOLERANCE[self.dtype] * np.abs(apart).max():
+            self._pack_length = window_of(self.config.get_text_config()) or sys.maxsize
+            return
+        unwrapped(self._model).set_attn_implementation("sdpa")
+        print(f"{self.title}: {type(self._model).__name__} reads each row whole: it cannot share prompts", flush=True)
 
     @cached_property
     def _sizes(self) -> Sizes:

@@ -14,7 +14,8 @@ from poft_plugin.config import RewardModelConfig
 from poft_plugin.data.rows import Conversation, RowError
 from poft_plugin.scoring.loading import load_complete
 from poft_plugin.scoring.neox_reward_model import CHAT_TEMPLATE, ROLE_TOKENS, NeoXRewardConfig, NeoXRewardModel
-from poft_plugin.scoring.pooling import linear, pooled_hidden, right_padded
+from poft_plugin.scoring.packs import lay_out, pack_inputs
+from poft_plugin.scoring.pooling import linear, pooled_hidden, pooled_position, right_padded
 from poft_plugin.scoring.pretrained import PROBE_TOKENS, PROBE_TOLERANCE, PretrainedScorer
 from poft_plugin.scoring.reward_heads import check_one_label, completed_config, is_openrlhf, readable_tokens
 from poft_plugin.scoring.scorer import Identity, PreparedRow, Score
@@ -175,14 +176,39 @@ class RewardModelScorer(PretrainedScorer):
         )
         self._model, self._device = model.eval(), device
         self._check_scores()
+        if self._is_neox or isinstance(self._linear_head, nn.Linear):
+            self._try_packs()
 
-    def score(self, batch: Sequence[PreparedRow]) -> list[Score]:
-        """Rewards of a batch of prepared rows: right-padded, masked, pooled where the model pools from a row alone."""
-        ids, mask = right_padded([row.input_ids for row in batch], filler=self._filler)
-        return [
-            Score(row.key, reward, len(row))
-            for row, reward in zip(batch, self._rewards(ids, mask).tolist(), strict=True)
-        ]
+    def _scores(self, batch: Sequence[PreparedRow], *, packed: bool) -> list[Score]:
+        """Rewards of a batch of prepared rows, each row's own last token (or mean) pooled: as a pack, or padded."""
+        if packed:
+            rewards = self._packed_rewards(batch)
+        else:
+            rewards = self._rewards(*right_padded([row.input_ids for row in batch], filler=self._filler))
+        return [Score(row.key, reward, len(row)) for row, reward in zip(batch, rewards.tolist(), strict=True)]
+
+    def _packed_rewards(self, batch: Sequence[PreparedRow]) -> Tensor:
+        """`(B,)`: what rows begin with in common is read once, and then pooled for each of them."""
+        pack = lay_out(batch)
+        with torch.inference_mode():
+            hidden = self._model.base_model(**pack_inputs(pack, self._device), use_cache=False)[0][0]
+            places = [torch.from_numpy(row).to(hidden.device) for row in pack.places]
+            if self._is_neox and self._pooling == "mean":
+                pooled = torch.stack([hidden[place].float().mean(0) for place in places])
+            else:
+                pooled = hidden[
+                    torch.stack([place[self._pooled(row)] for row, place in zip(batch, places, strict=True)])
+                ]
+            return linear(pooled, self._linear_head)[:, 0]
+
+    def _pooled(self, row: PreparedRow) -> int:
+        """The position in a row that its score is made of."""
+        return len(row) - 1 if self._is_neox else pooled_position(row.input_ids, self._padding)
+
+    @property
+    def _linear_head(self) -> Any:
+        """The layer that makes a score of a pooled state, where the model has one by the usual name."""
+        return self._model.out_proj if self._is_neox else getattr(self._model, "score", None)
 
     def _rewards(self, ids: Tensor, mask: Tensor) -> Tensor:
         """`(B,)`. A decoder's linear head is applied here; other heads pool in ways of their own."""

@@ -17,6 +17,7 @@ from poft_plugin.data.rows import RowError, raise_row_errors
 from poft_plugin.report.console import progress
 from poft_plugin.scoring.board import Board
 from poft_plugin.scoring.cache import REFUSED, Lookup, ScoreCache
+from poft_plugin.scoring.packs import pack_batches
 from poft_plugin.scoring.scorer import PreparedRow, Score, Scorer
 
 FLUSH_SECONDS = 30.0
@@ -124,8 +125,7 @@ def score_prepared(
     flushed = time.monotonic()
     try:
         with progress(total=len(prepared), description=f"{scorer.name}: scores") as bar:
-            budget = batch_tokens or default_batch_tokens(device)
-            for batch in batches(prepared, budget, scorer.batch_group):
+            for batch in batches_for(scorer, prepared, batch_tokens or default_batch_tokens(device)):
                 scores = scorer.score(batch)
                 _check_finite(scorer, scores, rows)
                 done += scores
@@ -215,6 +215,21 @@ def accelerator(run: RunContext, devices: int) -> str:
 def default_batch_tokens(device: str) -> int:
     """Tokens of a scoring batch where none were asked for: a GPU wants many, a CPU's caches few."""
     return 1024 if device == "cpu" else 8192
+
+
+def batches_for(scorer: Scorer, rows: Sequence[PreparedRow], batch_tokens: int) -> Iterator[list[PreparedRow]]:
+    """Batches as a loaded scorer reads them: rows that fit its packs by what they begin with, others by length.
+
+    Rows of different groups of the scorer are not in one batch, for a row's score is that of the row alone.
+    """
+    packable = scorer.pack_length
+    yield from batches([row for row in rows if len(row) > packable], batch_tokens, scorer.batch_group)
+    groups: dict[Hashable, list[PreparedRow]] = {}
+    for row in rows:
+        if len(row) <= packable:
+            groups.setdefault(scorer.batch_group(len(row)), []).append(row)
+    for _, group in sorted(groups.items(), reverse=True):
+        yield from pack_batches(group, batch_tokens)
 
 
 def batches(

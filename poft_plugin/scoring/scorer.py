@@ -136,6 +136,11 @@ class Scorer(Protocol):
         """Loads the weights."""
         ...
 
+    @property
+    def pack_length(self) -> int:
+        """Tokens of the longest row that the loaded model reads in a pack, prefixes once; 0 where it reads none."""
+        ...
+
     def score(self, batch: Sequence[PreparedRow]) -> list[Score]:
         """Scores one batch of prepared rows."""
         ...

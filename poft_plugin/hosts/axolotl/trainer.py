@@ -14,11 +14,11 @@ from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.utils.dict import DictDefault
 from torch import Tensor, nn
 
+from poft_plugin.attention.packed import use_packed_attention
 from poft_plugin.config import DeftConfig
 from poft_plugin.data.columns import ROW_INDEX
 from poft_plugin.hosts.axolotl.datasets import attach_columns
 from poft_plugin.hosts.axolotl.run import MethodRun
-from poft_plugin.hosts.packed_attention import use_packed_attention
 from poft_plugin.hosts.sample_mean import SampleMeanTrainer
 from poft_plugin.scoring.grades import DISCREPANCY, load_discrepancy
 
