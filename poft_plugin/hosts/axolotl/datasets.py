@@ -15,7 +15,7 @@ from axolotl.utils.trainer import calculate_total_num_steps
 from datasets import Dataset, concatenate_datasets
 
 from poft_plugin.config import DeftConfig
-from poft_plugin.data.columns import CONVERSATION, DROPPABLE, GROUP, ROW_INDEX, ROW_KEY, ROW_NUMBER, SOURCE
+from poft_plugin.data.columns import CONVERSATION, DROPPABLE, GROUP, LEFT_OUT, ROW_INDEX, ROW_KEY, ROW_NUMBER, SOURCE
 from poft_plugin.data.preparation import Columns, Prepared, Purpose, Rows, RunContext
 from poft_plugin.hosts.axolotl.checks import check_packing, check_share_prompt
 from poft_plugin.hosts.axolotl.entries import SUPPORTED_TYPES
@@ -36,7 +36,7 @@ from poft_plugin.plugins import registry
 
 LOG = get_logger("axolotl.poft_plugin")  # the host shows messages of its own namespace only
 
-TEXT_COLUMNS = (CONVERSATION, SOURCE, ROW_NUMBER, GROUP, DROPPABLE)
+TEXT_COLUMNS = (CONVERSATION, SOURCE, ROW_NUMBER, GROUP, DROPPABLE, LEFT_OUT)
 """What rows carry until their scores are joined."""
 
 

@@ -28,7 +28,10 @@ CONTRACT = 3
 FAMILIES = ("chat_template", "alpaca", "alpaca_chat", "alpaca_instruct", "alpaca_w_system", "gpteacher", "oasst")
 FAMILIES += ("jeopardy", "explainchoice", "concisechoice", "summarizetldr", "input_output")
 
-SUPPORTED_TYPES = f"{', '.join(FAMILIES)} (with `.load_...` and `:style` as in Axolotl), {PROMPT_COMPLETION}, or a mapping of field names"
+SUPPORTED_TYPES = (
+    f"{', '.join(FAMILIES)} (with `.load_...` and `:style` as in Axolotl), {PROMPT_COMPLETION}, or a mapping of field "
+    "names"
+)
 
 SUPPORTED_RANKED_TYPES = ", ".join(RANKED_TYPES)
 
@@ -51,7 +54,7 @@ TOKEN_KEYS = (
     "tokens", "tokenizer_type", "tokenizer_legacy", "tokenizer_use_fast", "tokenizer_use_mistral_common",
     "revision_of_model", "trust_remote_code", "excess_length_strategy", "min_sample_len", "eval_sequence_len",
 )  # fmt: skip
-"""Top-level keys that decide which tokens a prepared row has, or which rows are there, and that the host's hash lacks."""
+"""Top-level keys that decide which rows are there and which tokens they have, and that the host's hash lacks."""
 
 
 @dataclass(frozen=True)

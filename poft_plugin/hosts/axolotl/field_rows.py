@@ -96,7 +96,7 @@ def _optional(value: Any, name: str, where: str) -> str:
         return ""
     if not isinstance(value, str) and not value:
         raise RowError(
-            f"{where}: {name!r} is {shown(value)}, which Axolotl takes for an empty field. Write it as text, or make it "
-            "empty"
+            f"{where}: {name!r} is {shown(value)}, which Axolotl takes for an empty field. Write it as text, or make "
+            "it empty"
         )
     return _formatted(value, name, where)

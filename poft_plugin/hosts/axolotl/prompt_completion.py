@@ -82,8 +82,8 @@ class PromptCompletionReader:
         role = turn.get(prompter.message_property_mappings.get("role", "role"))
         if isinstance(role, str) and prompter.roles.get(role, role) != "assistant":
             raise RowError(
-                f"{where}: {place} is a turn of {role!r}; a completion is the assistant's alone. Move the turns before it "
-                "into the prompt, or use `type: chat_template`"
+                f"{where}: {place} is a turn of {role!r}; a completion is the assistant's alone. Move the turns before "
+                "it into the prompt, or use `type: chat_template`"
             )
         return {**turn, TRAINED: True}
 

@@ -6,7 +6,6 @@ turn's texts. This is also how the host finds the tokens to train on.
 """
 
 from collections.abc import Mapping, Sequence
-from os.path import commonprefix
 from typing import Any
 
 from axolotl.prompt_strategies.chat_template import ChatTemplateStrategy
@@ -63,8 +62,14 @@ def written_turn(
 
 def _differing(text: str, other: str) -> tuple[int, int]:
     """Where a text differs from another one: behind what both begin with, before what both end with."""
-    start = len(commonprefix([text, other]))
-    return start, len(text) - len(commonprefix([text[start:][::-1], other[start:][::-1]]))
+    start = _shared(text, other)
+    return start, len(text) - _shared(text[start:][::-1], other[start:][::-1])
+
+
+def _shared(text: str, other: str) -> int:
+    """Characters that both begin with."""
+    pairs = enumerate(zip(text, other, strict=False))
+    return next((index for index, (here, there) in pairs if here != there), min(len(text), len(other)))
 
 
 def _text(strategy: ChatTemplateStrategy, turns: Sequence[Mapping[str, Any]], where: str) -> str:

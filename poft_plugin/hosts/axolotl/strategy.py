@@ -177,7 +177,8 @@ class MethodStrategy(DatasetWrappingStrategy):
             raise_row_errors(list(errors[bad]), len(rows))
         first = "\n  ".join(errors[bad[:NAMED]])
         print(
-            f"{self.entry.label}: {len(bad)} of {len(rows)} rows left out (poft.on_bad_row: drop); the first:\n  {first}",
+            f"{self.entry.label}: {len(bad)} of {len(rows)} rows left out (poft.on_bad_row: drop); the first:\n  "
+            f"{first}",
             flush=True,
         )
         kept = rows.remove_columns(LEFT_OUT).select(np.setdiff1d(np.arange(len(rows)), bad))
@@ -255,6 +256,6 @@ def _check_labels(labels: list[int], conversation: Conversation, where: str) -> 
     spans = sum(here and not before for before, here in pairwise([False, *trained]))
     if spans < sum(turn.counted for turn in conversation):
         raise RowError(
-            f"{where}: the policy's chat template hides an assistant turn that is to be trained on. Check `chat_template` "
-            "against the data"
+            f"{where}: the policy's chat template hides an assistant turn that is to be trained on. Check "
+            "`chat_template` against the data"
         )
