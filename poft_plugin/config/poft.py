@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from poft_plugin.config.blocks import Block
+from poft_plugin.config.scoring import ScoringBlock
 
 
 class ReferenceConfig(Block):
@@ -59,7 +60,7 @@ class ReferenceConfig(Block):
         return self.model if self.model is not None else str(self.name)
 
 
-class PoftConfig(Block):
+class PoftConfig(ScoringBlock):
     """The block `poft:`, read by `rl: poft`."""
 
     references: tuple[ReferenceConfig, ...] = Field(
@@ -74,15 +75,6 @@ class PoftConfig(Block):
         100.0, gt=0, le=100, description="Share of training rows kept, by preference score (Fig. 4), in percent."
     )
     keep_within: str = Field("none", description="Rank rows for `keep_top_percent` within: none | dataset | <column>.")
-    missing_scores: Literal["score", "error"] = Field(
-        "score", description="What `axolotl train` does with rows that have no cached score: score | error."
-    )
-    batch_tokens: int | None = Field(
-        None, ge=1, description="Scoring batch, in tokens (padding included); default: 8192 on a GPU, 1024 on a CPU."
-    )
-    score_cache: str | None = Field(
-        None, description="Folder of the score cache; default: $POFT_SCORE_CACHE, else ./poft_scores."
-    )
 
     @model_validator(mode="after")
     def _within_what(self) -> "PoftConfig":
