@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 
 from poft_plugin.config import RowFilterConfig, ScoringBlock
 from poft_plugin.hosts.axolotl.args import PoftPluginArgs
-from poft_plugin.hosts.axolotl.ranked_rows import RankedFields
+from poft_plugin.hosts.axolotl.ranked_fields import RankedFields
 from poft_plugin.methods import Method
 from poft_plugin.plugins import load_object, registry
 

@@ -16,7 +16,7 @@ from poft_plugin.config import DpoKeys, ReferenceConfig, RewardModelConfig, RowF
 from poft_plugin.data.columns import RANKS, SCORES
 from poft_plugin.hosts.axolotl.checks import PREFIXES, RANKED_REFUSALS, REFUSALS, START_REFUSALS
 from poft_plugin.hosts.axolotl.entries import FAMILIES
-from poft_plugin.hosts.axolotl.ranked_rows import RANKED_TYPES, RankedFields
+from poft_plugin.hosts.axolotl.ranked_fields import RANKED_TYPES, RankedFields
 from poft_plugin.hosts.axolotl.run import take_over
 from poft_plugin.methods import Method
 from poft_plugin.report.grading import summarise_grading

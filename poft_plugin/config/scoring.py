@@ -14,7 +14,8 @@ class ScoringBlock(Block):
         None, ge=1, description="Scoring batch, in tokens (padding included); default: 8192 on a GPU, 1024 on a CPU."
     )
     missing_scores: Literal["score", "error"] = Field(
-        "score", description="What `axolotl train` does with rows (or responses) that have no cached score: score | error."
+        "score",
+        description="What `axolotl train` does with rows or responses without a cached score: score | error.",
     )
     score_cache: str | None = Field(
         None, description="Folder of the score cache; default: $POFT_SCORE_CACHE, else ./poft_scores."

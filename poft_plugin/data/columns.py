@@ -12,6 +12,9 @@ ROW_NUMBER = "row_number"
 SOURCE = "source"
 """The `datasets:` entry that the row came from, as `path` (and `name`, `split` where given)."""
 
+DROPPABLE = "droppable"
+"""Ranked rows: whether the data set says that a row which cannot be used is to be left out."""
+
 GROUP = "group"
 """Value of the column that a filter works within, as text; present only where one is asked for."""
 

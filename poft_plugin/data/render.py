@@ -12,10 +12,10 @@ from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from poft_plugin.data.rows import Conversation, RowError, Turn
+from poft_plugin.data.templates import EndlessTemplateError, TemplateFailedError, render_template
 
 FIXED_DATE = datetime.date(2024, 7, 26)
 """What templates that print today's date print here: a cached score must not depend on the day it was made."""
@@ -120,10 +120,12 @@ class Renderer:
     def _render(self, turns: Conversation, where: str) -> str:
         messages = [{"role": turn.role, "content": turn.content} for turn in turns]
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages, chat_template=self.chat_template, tokenize=False, strftime_now=FIXED_DATE.strftime
+            return render_template(
+                self.tokenizer, messages, chat_template=self.chat_template, strftime_now=FIXED_DATE.strftime
             )
-        except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
+        except EndlessTemplateError as error:
+            raise ValueError(f"{where}: the chat template of {self.name}: {error}. Correct it") from error
+        except TemplateFailedError as error:
             roles = [turn.role for turn in turns]
             hint = (
                 " Set `system_turns: merge` or `drop` for it, if it knows no system turn." if "system" in roles else ""
@@ -131,8 +133,6 @@ class Renderer:
             raise RowError(
                 f"{where}: the chat template of {self.name} refuses the turns {roles}: {error}.{hint}"
             ) from error
-        assert isinstance(text, str)
-        return text
 
     def _own_spans(
         self, text: str, ids: Sequence[int], offsets: Sequence[tuple[int, int]]

@@ -23,6 +23,9 @@ import pyarrow.parquet as pq
 from poft_plugin.scoring.scorer import Identity, Score
 
 SCHEMA = pa.schema([("row_key", pa.string()), ("reward", pa.float64()), ("num_tokens", pa.int32())])
+REFUSED = -(2**31)
+"""In the place of a row's length: the scorer cannot read the row, and its data set leaves such rows out."""
+
 ENVIRONMENT = "POFT_SCORE_CACHE"
 DEFAULT_FOLDER = "poft_scores"
 
@@ -33,7 +36,8 @@ class Lookup:
 
     Args:
         rewards: `(n,)` float64, NaN where there is none.
-        num_tokens: `(n,)` int32, 0 where unknown, minus its length where the row is longer than the scorer's context.
+        num_tokens: `(n,)` int32, 0 where unknown, minus its length where the row is longer than the scorer's context,
+            `REFUSED` where the scorer cannot read it.
     """
 
     rewards: np.ndarray
@@ -52,7 +56,12 @@ class Lookup:
     @property
     def too_long(self) -> np.ndarray:
         """`(n,)` booleans: rows that do not fit into the scorer's context."""
-        return np.asarray(np.isnan(self.rewards) & (self.num_tokens < 0))
+        return np.asarray(np.isnan(self.rewards) & (self.num_tokens < 0) & ~self.refused)
+
+    @property
+    def refused(self) -> np.ndarray:
+        """`(n,)` booleans: rows that the scorer cannot read."""
+        return np.asarray(np.isnan(self.rewards) & (self.num_tokens == REFUSED))
 
 
 def cache_folder(setting: str | None) -> Path:

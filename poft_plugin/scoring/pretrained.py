@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import TemplateSyntaxError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from poft_plugin.config import ReferenceConfig, RewardModelConfig
 from poft_plugin.data.preparation import Rows
 from poft_plugin.data.render import Rendered, Renderer
 from poft_plugin.data.rows import Conversation
+from poft_plugin.data.templates import EndlessTemplateError, TemplateFailedError, render_template
 from poft_plugin.scoring.checkpoints import Checkpoint
 from poft_plugin.scoring.scorer import Identity, PreparedRow
 
@@ -83,10 +84,7 @@ class PretrainedScorer(ABC):
         """
         given = self.settings.chat_template
         if given is not None:
-            is_file = len(given) < 4096 and "{" not in given
-            if is_file and not Path(given).is_file():
-                raise ValueError(f"{self.title}: chat_template {given!r}: no such file, and not Jinja text")
-            return Path(given).read_text() if is_file else given
+            return given if "{" in given else self._template_file(given)
         template = self.tokenizer.chat_template
         if isinstance(template, dict):
             template = template.get("default")
@@ -100,13 +98,14 @@ class PretrainedScorer(ABC):
             ValueError: if its template is not valid Jinja.
         """
         try:
-            self.tokenizer.apply_chat_template(_PROBE, chat_template=self.chat_template, tokenize=False)
-        except TemplateSyntaxError as error:
-            raise ValueError(
-                f"{self.title}: its chat template is not valid Jinja: {error}. Correct `chat_template:`"
-            ) from error
-        except (TemplateError, ValueError, TypeError, KeyError, IndexError):
-            pass  # it may refuse a conversation like this one
+            render_template(self.tokenizer, _PROBE, chat_template=self.chat_template)
+        except EndlessTemplateError as error:
+            raise ValueError(f"{self.title}: its chat template: {error}. Correct `chat_template:`") from error
+        except TemplateFailedError as error:  # it may refuse a conversation like this one
+            if isinstance(error.__cause__, TemplateSyntaxError):
+                raise ValueError(
+                    f"{self.title}: its chat template is not valid Jinja: {error}. Correct `chat_template:`"
+                ) from error
         return self._make_renderer()
 
     @cached_property
@@ -139,6 +138,13 @@ class PretrainedScorer(ABC):
         self._model = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def _template_file(self, name: str) -> str:
+        try:
+            return Path(name).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
+            raise ValueError(f"{self.title}: chat_template {name!r}: {reason}, and not Jinja text") from error
 
     @abstractmethod
     def _default_template(self) -> str:

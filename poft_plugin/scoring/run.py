@@ -16,7 +16,7 @@ from poft_plugin.data.preparation import Rows, RunContext
 from poft_plugin.data.rows import RowError, raise_row_errors
 from poft_plugin.report.console import progress
 from poft_plugin.scoring.board import Board
-from poft_plugin.scoring.cache import Lookup, ScoreCache
+from poft_plugin.scoring.cache import REFUSED, Lookup, ScoreCache
 from poft_plugin.scoring.scorer import PreparedRow, Score, Scorer
 
 FLUSH_SECONDS = 30.0
@@ -58,24 +58,31 @@ def prepare_missing(scorer: Scorer, rows: Rows, cache: ScoreCache, share: Share)
     Args:
         scorer: not loaded.
         rows: unique rows.
-        cache: where scores are looked up; rows that are too long are noted there.
+        cache: where scores are looked up; rows that are too long, or left out because they cannot be read, are noted
+            there.
         share: this process's part.
 
     Returns:
         The rows that fit the scorer's context.
 
     Raises:
-        RowError: for a row that cannot be scored, or that is too long where such rows are not to be dropped.
+        RowError: for a row that cannot be scored, or that is too long, where such rows are not to be dropped.
     """
-    missing = np.flatnonzero(cache.lookup(scorer.identity, rows.keys).missing)
+    lookup = cache.lookup(scorer.identity, rows.keys)
+    missing = np.flatnonzero(lookup.missing | (lookup.refused & ~rows.droppable))
     mine = [int(index) for index in missing if share.holds(rows.keys[int(index)].as_py())]
-    prepared, errors = [], []
+    prepared, errors, droppable = [], {}, rows.droppable
     for index in progress(mine, description=f"{scorer.name}: tokens"):
         try:
             prepared.append(scorer.prepare_row(rows, index))
         except RowError as error:
-            errors.append(str(error))
-    raise_row_errors(errors, len(mine))
+            errors[index] = str(error)
+    raise_row_errors([text for index, text in errors.items() if not droppable[index]], len(mine))
+    if errors:
+        refused = [rows.keys[index].as_py() for index in errors]
+        cache.write(scorer.identity, [Score(key, float("nan"), REFUSED) for key in refused])
+        first = next(iter(errors.values()))
+        print(f"{scorer.kind} {scorer.name!r}: {len(errors)} rows that it cannot read; the first: {first}", flush=True)
     if remark := scorer.remark(prepared):
         print(remark, flush=True)
     context = scorer.context_length

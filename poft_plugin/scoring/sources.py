@@ -204,7 +204,8 @@ def _note_difference(label: str, imported: Identity, here: Identity, *, kind: st
 def _unscored(source: Source, rows: Rows, cache: ScoreCache, settings: ScoringBlock, run: RunContext) -> Rows:
     """The rows that a source has to score now; an error where it may not, or cannot."""
     lookup, label = source.lookup(rows, cache), source.label
-    missing, long = int(lookup.missing.sum()), np.flatnonzero(lookup.too_long)
+    unknown = lookup.missing | (lookup.refused & ~rows.droppable)
+    missing, long = int(unknown.sum()), np.flatnonzero(lookup.too_long)
     if run.rank == 0:
         print(f"{source.kind} {label}: {len(rows) - missing} rows cached, {missing} to score", flush=True)
     if len(long):
@@ -213,7 +214,7 @@ def _unscored(source: Source, rows: Rows, cache: ScoreCache, settings: ScoringBl
         refuse_long_rows(label, rows, lengths, drop=drops, what=source.kind)
     if not missing:
         return Rows(rows.table.slice(0, 0), {})
-    first = rows.where(int(np.flatnonzero(lookup.missing)[0]))
+    first = rows.where(int(np.flatnonzero(unknown)[0]))
     if source.scorer is None:
         raise ValueError(
             f"{source.kind} {label!r}: its imported scores lack {missing} of {len(rows)} rows, the first {first}, and "
@@ -226,4 +227,4 @@ def _unscored(source: Source, rows: Rows, cache: ScoreCache, settings: ScoringBl
             f"{source.kind} {label!r}: {missing} of {len(rows)} rows have no cached score ({why}), the first {first}. "
             "Run `axolotl poft score` first"
         )
-    return Rows(rows.table.filter(lookup.missing), {})
+    return Rows(rows.table.filter(unknown), {})

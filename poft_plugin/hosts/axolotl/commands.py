@@ -13,7 +13,7 @@ from axolotl.utils.dict import DictDefault
 from poft_plugin.config import DeftConfig, PoftConfig, RankingConfig, ScoringBlock
 from poft_plugin.data.columns import CONVERSATION
 from poft_plugin.data.preparation import Rows, RunContext
-from poft_plugin.hosts.axolotl.datasets import graded_rows, load_host_rows, run_context
+from poft_plugin.hosts.axolotl.datasets import graded_rows, load_host_rows, run_context, unique_rows
 from poft_plugin.hosts.axolotl.plugin import PoftPlugin
 from poft_plugin.hosts.axolotl.run import MethodRun
 from poft_plugin.report.console import make_console
@@ -25,7 +25,7 @@ from poft_plugin.scoring.graded import export_graded, write_graded_rows
 from poft_plugin.scoring.plan import matmul_rate, plan_reference, print_plan, probe
 from poft_plugin.scoring.pretrained import PretrainedScorer
 from poft_plugin.scoring.references import open_references, reference_rewards
-from poft_plugin.scoring.rewards import needs_scores, open_reward_model, response_rows
+from poft_plugin.scoring.rewards import needs_scores, open_reward_model, response_rows, rows_to_score
 from poft_plugin.scoring.run import Share, accelerator, prepare_missing, score_prepared
 from poft_plugin.scoring.sources import Source, check_revisions, score_all
 from poft_plugin.scoring.start_policy import KIND as START_POLICY
@@ -88,8 +88,7 @@ class Session:
     def rows(self) -> Rows:
         """Every row of the training and evaluation sets once."""
         train, evaluation, _ = load_host_rows(self.cfg)
-        tables = [part.rows.table for part in (train, evaluation) if part is not None]
-        return Rows(pa.concat_tables(tables), {}).unique()
+        return unique_rows(train, evaluation)
 
     @cached_property
     def jobs(self) -> list[Job]:
@@ -104,7 +103,7 @@ class Session:
         jobs = []
         assert isinstance(settings, RankingConfig)
         if settings.reward_model is not None and needs_scores(settings):
-            responses, _ = response_rows([self.rows.sample(i) for i in range(len(self.rows))], self.rows)
+            responses = self._responses(rows_to_score(self.rows, settings))
             jobs.append(Job(open_reward_model(settings.reward_model, self.cache), responses))
         if self.run.method.needs_start_policy:
             policy = self.context.policy
@@ -212,7 +211,7 @@ class Session:
         assert isinstance(settings, RankingConfig)
         if settings.reward_model is None:
             raise ValueError(f"{self.config}: no `deft.reward_model` to score these responses with")
-        responses, _ = response_rows([self.rows.sample(i) for i in range(len(self.rows))], self.rows)
+        responses = self._responses(rows_to_score(self.rows, settings))
         name = settings.reward_model.source
         try:
             source = open_reward_model(settings.reward_model, self.cache)
@@ -233,11 +232,16 @@ class Session:
         elif settings.reward_model is None:
             raise ValueError(f"{self.config}: no `deft.reward_model` whose scores could be imported")
         else:
-            responses, _ = response_rows([self.rows.sample(i) for i in range(len(self.rows))], self.rows)
+            responses = self._responses(np.ones(len(self.rows), dtype=bool))
             source = settings.reward_model.source
             taken = import_scores(path, [source], responses.keys, self.cache, log_probabilities=False)
         for model, count in taken.items():
             console.print(f"{model}: {count} scores imported into {self.cache.folder}")
+
+    def _responses(self, wanted: np.ndarray) -> Rows:
+        """The responses of these rows, each after its prompt."""
+        rows = Rows(self.rows.table.filter(pa.array(wanted)), {})
+        return response_rows([rows.sample(index) for index in range(len(rows))], rows)[0]
 
     def _reward_model(self) -> Source | None:
         settings = self.run.settings.reward_model

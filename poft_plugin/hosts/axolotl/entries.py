@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from poft_plugin.config import parse_block
-from poft_plugin.hosts.axolotl.ranked_rows import RANKED_TYPES, RankedFields
+from poft_plugin.hosts.axolotl.ranked_fields import RANKED_TYPES, RankedFields
+from poft_plugin.hosts.axolotl.ranked_host_types import from_host_type
 from poft_plugin.methods import Method
 
 STRATEGY = "poft_plugin.hosts.axolotl.strategy"
 SALT_FIELD = "input_format"
-CONTRACT = 1
+CONTRACT = 2
 
 FAMILIES = ("chat_template", "alpaca", "alpaca_chat", "alpaca_instruct", "alpaca_w_system", "gpteacher", "oasst")
 FAMILIES += ("jeopardy", "explainchoice", "concisechoice", "summarizetldr", "input_output")
@@ -86,6 +87,7 @@ def take_over_entries(cfg: Any, method: Method, group_column: str | None) -> Non
     for section in ("datasets", "test_datasets"):
         for number, raw in enumerate(cfg.get(section) or []):
             where = f"{section}[{number}]"
+            raw = from_host_type(raw, where) if method.ranked else raw
             label = _label(raw, where, used, method)
             ranked = Ranked(_ranked_fields(raw, where), method.max_responses) if method.ranked else None
             entry = Entry(dict(raw), label, group_column, ranked)
@@ -96,6 +98,11 @@ def take_over_entries(cfg: Any, method: Method, group_column: str | None) -> Non
 
 
 def _ranked_fields(raw: Mapping[str, Any], where: str) -> RankedFields:
+    if raw.get("train_on_eos") == "all":
+        raise ValueError(
+            f"{where}.train_on_eos: 'all' trains on ends of turns that are no response; use `turn` or `last`, or "
+            "remove it"
+        )
     own = {key: value for key, value in raw.items() if key not in RANKED_HOST_KEYS and value is not None}
     return parse_block(RankedFields, own, where)
 

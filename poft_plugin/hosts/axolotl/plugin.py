@@ -16,6 +16,7 @@ from axolotl.utils.logging import get_logger
 import poft_plugin.hosts.axolotl.strategy  # noqa: F401
 from poft_plugin import __version__
 from poft_plugin.hosts.axolotl.compat import TESTED_VERSIONS, prepare_cpu_ranks
+from poft_plugin.hosts.axolotl.errors import install_hook, one_message
 from poft_plugin.hosts.axolotl.run import MethodRun, take_over
 
 LOG = get_logger("axolotl.poft_plugin")  # the host shows messages of its own namespace only
@@ -33,10 +34,12 @@ class PoftPlugin(BasePlugin):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__()
+        install_hook()
         self.method_run: MethodRun | None = None
         self._statistics: Mapping[str, float] = {}
         self._tensors: Mapping[str, np.ndarray] = {}
 
+    @one_message()
     def register(self, cfg: DictDefault) -> None:
         """Validates our blocks, takes `rl` off the raw config, rewrites its dataset entries."""
         self.method_run = take_over(cfg)
@@ -50,6 +53,7 @@ class PoftPlugin(BasePlugin):  # type: ignore[misc]
         """Our keys in the host's schema."""
         return "poft_plugin.hosts.axolotl.args.PoftPluginArgs"
 
+    @one_message()
     def load_datasets(self, cfg: DictDefault, preprocess: bool = False) -> Any:
         """The host's rows, scored, joined and filtered."""
         if self.method_run is None:
@@ -61,6 +65,7 @@ class PoftPlugin(BasePlugin):  # type: ignore[misc]
         meta, self._statistics, self._tensors = prepare(cfg, self.method_run, purpose)
         return meta
 
+    @one_message()
     def get_training_args(self, cfg: DictDefault) -> dict[str, Any] | None:
         """Keeps our columns, the last batch of a data set unless its loss was asked for, and whole epochs.
 
@@ -74,6 +79,7 @@ class PoftPlugin(BasePlugin):  # type: ignore[misc]
             "max_steps": cfg.max_steps or -1,
         }
 
+    @one_message()
     def get_collator_cls_and_kwargs(self, cfg: DictDefault, is_eval: bool = False) -> Any:
         """Our batch layout around the host's own collator."""
         if self.method_run is None:
@@ -82,6 +88,7 @@ class PoftPlugin(BasePlugin):  # type: ignore[misc]
 
         return host_collator(cfg, self.method_run.method, is_eval=is_eval), {}
 
+    @one_message()
     def get_trainer_cls(self, cfg: DictDefault) -> Any:
         """The trainer class of this run."""
         if self.method_run is None:

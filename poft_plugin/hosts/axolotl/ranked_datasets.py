@@ -11,6 +11,7 @@ from datasets.table import InMemoryTable
 from poft_plugin.data.columns import ORDER, RANKED_INPUT_IDS, RANKED_LABELS, ROW_INDEX, ROW_KEY, SEQUENCE_LENGTHS
 from poft_plugin.data.groups import in_order, lay_out, longest_sequences
 from poft_plugin.data.preparation import Rows, RunContext
+from poft_plugin.hosts.axolotl.left_out import over_length
 
 LOG = get_logger("axolotl.poft_plugin")  # the host shows messages of its own namespace only
 
@@ -38,6 +39,13 @@ def short_enough(rows: Rows, cfg: DictDefault) -> np.ndarray:
             f"tokens, the longest {rows.where(worst)} with {lengths[worst]} (excess_length_strategy: raise)"
         )
     return keep
+
+
+def too_long(rows: Rows, cfg: DictDefault) -> tuple[str, str]:
+    """Why rows are left out that `short_enough` does not keep, and the remedy."""
+    lengths = longest_sequences(rows)
+    worst = int(lengths.argmax())
+    return over_length(cfg.sequence_len, rows.where(worst), int(lengths[worst]))
 
 
 def check_pack(rows: Rows, lengths: np.ndarray, cfg: DictDefault) -> None:
