@@ -15,7 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from poft_plugin.config import RowFilterConfig
+from poft_plugin.config import RowFilterConfig, ScoringBlock
 from poft_plugin.hosts.axolotl.args import PoftPluginArgs
 from poft_plugin.hosts.axolotl.ranked_fields import RankedFields
 from poft_plugin.methods import Method
@@ -93,6 +93,11 @@ Inside a block, a key that is not listed is an error that names the key and what
 """
 
 
+def keys_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """A block's keys in the order of the tables: those of scoring, which many blocks share, come last."""
+    return dict(sorted(model.model_fields.items(), key=lambda item: item[0] in ScoringBlock.model_fields))
+
+
 def top_level() -> dict[str, FieldInfo]:
     """Our keys at the top level of a config that are not the block of a method."""
     blocks = {method.block for method in registry().methods.values()}
@@ -139,7 +144,7 @@ def page() -> str:
     parts = [INTRODUCTION, "## Top level", table(top_level(), with_types=True)]
     for block, model in (BLOCKS | NESTED).items():
         title = f"## {TITLES.get(block, f'`{block}:`')}"
-        parts += [title, _summary(model), table(model.model_fields, with_types=True, block=block)]
+        parts += [title, _summary(model), table(keys_of(model), with_types=True, block=block)]
         if block == "deft":
             parts += ["### Defaults by method", "Of the keys whose default above is `null`.", defaults()]
     parts += ["## Row filters", "Registered by this package; other packages may add more.", _filters()]
@@ -152,7 +157,7 @@ def readme(text: str) -> str:
     Raises:
         ValueError: if a table's place in it is missing.
     """
-    fields = {"top level": top_level(), **{name: model.model_fields for name, model in (BLOCKS | NESTED).items()}}
+    fields = {"top level": top_level(), **{name: keys_of(model) for name, model in (BLOCKS | NESTED).items()}}
     tables = {name: table(found, with_types=False, block=name) for name, found in fields.items()}
     for name, made in {**tables, "defaults by method": defaults()}.items():
         begin, end = f"<!-- keys: {name} -->", "<!-- end of keys -->"

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import pytest
 from pydantic import Field, ValidationError
 
-from poft_plugin.config import PoftConfig, ReferenceConfig, RowFilterConfig, parse_block, settings_model
+from poft_plugin.config import PoftConfig, ReferenceConfig, RowFilterConfig, ScoringBlock, parse_block, settings_model
 
 
 def poft(**settings: Any) -> PoftConfig:
@@ -197,7 +197,7 @@ def test_blocks_are_frozen() -> None:
 
 
 def test_every_key_says_what_it_is() -> None:
-    for block in (PoftConfig, ReferenceConfig, RowFilterConfig):
+    for block in (PoftConfig, ReferenceConfig, RowFilterConfig, ScoringBlock):
         assert [name for name, field in block.model_fields.items() if not field.description] == []
 
 

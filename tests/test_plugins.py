@@ -133,7 +133,7 @@ def test_a_name_that_is_taken_is_refused(hook: str, item: list[Any], kind: str) 
         register(*item)
 
     plugins.manager().register(SimpleNamespace(**{hook: hookimpl(implementation)}))
-    with pytest.raises(ValueError, match=f"two packages register the {kind}; uninstall one of them"):
+    with pytest.raises(ValueError, match=f"two packages register the {kind}: .*poft_plugin.*; uninstall one of them"):
         plugins.registry()
 
 
@@ -151,7 +151,7 @@ def registers(*items: Any, hook: str = "register_methods") -> None:
 def test_a_name_that_a_wrapped_method_takes_is_refused(ranked: bool) -> None:
     taken = replace(TOY, name="deft_dpo", ranked=ranked)
     registers(taken)
-    with pytest.raises(ValueError, match="two packages register the rl type 'deft_dpo'; uninstall one of them"):
+    with pytest.raises(ValueError, match="two packages register the rl type 'deft_dpo': .* and poft_plugin; uninstall"):
         plugins.registry()
 
 
@@ -171,6 +171,22 @@ def test_another_package_may_wrap_methods_too() -> None:
     registers(wrapper, hook="register_wrappers")
     with pytest.raises(ValueError, match="two packages register the rl type 'twice_poft'"):
         plugins.registry()
+
+
+def test_each_rl_type_says_who_registered_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the name that `pip uninstall` takes; a wrapped form is its wrapper's."""
+    imports = ["from dataclasses import replace", "from poft_plugin.hookspecs import hookimpl"]
+    hook = ["@hookimpl", "def register_methods(register):", "    register(replace(PRO, name='toy'))"]
+    installed(tmp_path, "\n".join([*imports, "from poft_plugin.methods import PRO", *hook, ""]))
+    monkeypatch.syspath_prepend(tmp_path)
+    packages = plugins.registry().packages
+    assert packages.keys() == plugins.registry().methods.keys()
+    assert (packages["toy"], packages["deft_toy"], packages["pro"]) == ("toy-package", "poft_plugin", "poft_plugin")
+    plugins.registry.cache_clear()
+    registers(replace(TOY, name="toy"))
+    with pytest.raises(ValueError, match="two packages register the rl type 'toy': .*toy-package.*; uninstall one"):
+        plugins.registry()
+    sys.modules.pop("toy_package", None)
 
 
 def test_an_installed_package_is_found(toy_package: None) -> None:

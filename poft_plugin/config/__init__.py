@@ -3,6 +3,7 @@
 from poft_plugin.config.blocks import Block, RowFilterConfig, parse_block, settings_model
 from poft_plugin.config.deft import DeftConfig, DpoKeys, RankingConfig, RewardModelConfig
 from poft_plugin.config.poft import PoftConfig, ReferenceConfig
+from poft_plugin.config.scoring import ScoringBlock
 
 __all__ = [
     "Block",
@@ -13,6 +14,7 @@ __all__ = [
     "ReferenceConfig",
     "RewardModelConfig",
     "RowFilterConfig",
+    "ScoringBlock",
     "parse_block",
     "settings_model",
 ]

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from poft_plugin.config.blocks import Block
+from poft_plugin.config.scoring import ScoringBlock
 
 DpoLossType = Literal["sigmoid", "hinge", "ipo", "robust"]
 
@@ -41,7 +42,7 @@ class RewardModelConfig(Block):
         return self.model
 
 
-class RankingConfig(Block):
+class RankingConfig(ScoringBlock):
     """What plain `rl: pro` and `rl: rrhf` read of the block `deft:`."""
 
     sft_weight: float | None = Field(
@@ -75,15 +76,6 @@ class DeftConfig(RankingConfig):
     )
     reward_over: Literal["best", "all"] = Field(
         "best", description="Responses that the distribution reward is taken over: best | all (their mean)."
-    )
-    batch_tokens: int | None = Field(
-        None, ge=1, description="Scoring batch, in tokens (padding included); default: 8192 on a GPU, 1024 on a CPU."
-    )
-    missing_scores: Literal["score", "error"] = Field(
-        "score", description="What `axolotl train` does with responses that have no cached score: score | error."
-    )
-    score_cache: str | None = Field(
-        None, description="Folder of the score cache; default: $POFT_SCORE_CACHE, else ./poft_scores."
     )
 
     @model_validator(mode="after")

@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from poft_plugin.config.blocks import Block
+from poft_plugin.config.scoring import ScoringBlock
 
 
 class ReferenceConfig(Block):
@@ -59,7 +60,7 @@ class ReferenceConfig(Block):
         return self.model if self.model is not None else str(self.name)
 
 
-class PoftConfig(Block):
+class PoftConfig(ScoringBlock):
     """The block `poft:`, read by `rl: poft`."""
 
     references: tuple[ReferenceConfig, ...] = Field(
@@ -78,15 +79,6 @@ class PoftConfig(Block):
         "error",
         description="A row that cannot be read, or that the policy's or a reference's chat template refuses or "
         "changes: error | drop it.",
-    )
-    missing_scores: Literal["score", "error"] = Field(
-        "score", description="What `axolotl train` does with rows that have no cached score: score | error."
-    )
-    batch_tokens: int | None = Field(
-        None, ge=1, description="Scoring batch, in tokens (padding included); default: 8192 on a GPU, 1024 on a CPU."
-    )
-    score_cache: str | None = Field(
-        None, description="Folder of the score cache; default: $POFT_SCORE_CACHE, else ./poft_scores."
     )
 
     @model_validator(mode="after")

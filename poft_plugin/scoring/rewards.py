@@ -139,18 +139,13 @@ def response_rows(samples: Sequence[RankedSample], rows: Rows) -> tuple[Rows, li
     return Rows(table, {}), keys
 
 
-def scoring_settings(settings: RankingConfig) -> DeftConfig:
-    """The scoring keys of the block; plain `pro` and `rrhf` have their defaults."""
-    return settings if isinstance(settings, DeftConfig) else DeftConfig.model_validate({})
-
-
 def _order_needs_scores(settings: RankingConfig) -> bool:
     return settings.rank_by == "reward" or settings.pro_temperature == "reward"
 
 
 def _open_if_needed(settings: RankingConfig) -> None:
     if settings.reward_model is not None and needs_scores(settings):
-        open_reward_model(settings.reward_model, ScoreCache(cache_folder(scoring_settings(settings).score_cache)))
+        open_reward_model(settings.reward_model, ScoreCache(cache_folder(settings.score_cache)))
 
 
 def _scores_of_the_data(samples: Sequence[RankedSample], rows: Rows) -> list[list[float]]:
@@ -169,13 +164,12 @@ def _scores_of_the_model(
 ) -> tuple[list[list[float]], frozenset[str]]:
     """Scores, and the keys of rows that are to be left out, since the model cannot read them."""
     assert settings.reward_model is not None
-    scoring = scoring_settings(settings)
-    cache = ScoreCache(cache_folder(scoring.score_cache))
+    cache = ScoreCache(cache_folder(settings.score_cache))
     source = open_reward_model(settings.reward_model, cache)
     if run.rank == 0:
         check_revisions([source], cache, update=run.purpose in ("preprocess", "score"))
     responses, keys = response_rows(samples, rows)
-    (lookup,) = score_all([source], responses, cache, settings=scoring, run=run)
+    (lookup,) = score_all([source], responses, cache, settings=settings, run=run)
     reward_of = dict(zip(responses.keys.to_pylist(), lookup.rewards.tolist(), strict=True))
     refused = set(responses.keys.filter(pa.array(lookup.refused)).to_pylist())
     scores = [[reward_of[key] for key in row] for row in keys]

@@ -7,7 +7,15 @@ from pydantic import ValidationError
 
 from poft_plugin.config import DeftConfig, DpoKeys, RankingConfig, RewardModelConfig, parse_block
 
-RANKING = {"sft_weight": None, "pro_temperature": None, "rank_by": "label", "share_prompt": False, "reward_model": None}
+SCORING = {"batch_tokens": None, "missing_scores": "score", "score_cache": None}
+RANKING = {
+    **SCORING,
+    "sft_weight": None,
+    "pro_temperature": None,
+    "rank_by": "label",
+    "share_prompt": False,
+    "reward_model": None,
+}
 DEFT = {
     "top_percent": 3.73,
     "bottom_percent": 12.5,
@@ -15,9 +23,6 @@ DEFT = {
     "train_on": "A",
     "omega": None,
     "reward_over": "best",
-    "batch_tokens": None,
-    "missing_scores": "score",
-    "score_cache": None,
 }
 REWARD_MODEL = {
     "model": "org/rewards",
@@ -108,7 +113,9 @@ def test_levels_are_needed_by_the_choice_of_rows_and_by_the_reward(settings: dic
 
 
 NESTED = r"deft\.reward_model\."
-KEYS_OF_RANKING = "pro_temperature, rank_by, reward_model, sft_weight, share_prompt"
+KEYS_OF_RANKING = (
+    "batch_tokens, missing_scores, pro_temperature, rank_by, reward_model, score_cache, sft_weight, share_prompt"
+)
 KEYS_OF_DEFT = (
     "batch_tokens, bottom_percent, grade_within, missing_scores, omega, pro_temperature, rank_by, reward_model, "
     "reward_over, score_cache, sft_weight, share_prompt, top_percent, train_on"

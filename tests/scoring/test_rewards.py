@@ -202,6 +202,20 @@ def test_plain_methods_score_where_the_environment_says(
     assert list(tmp_path.glob("cache/*/scores-*.parquet"))
 
 
+def test_plain_methods_score_as_their_block_says(grader: Path, tmp_path: Path) -> None:
+    """The keys of scoring are those of every block that scores."""
+    raw = {"rank_by": "reward", "reward_model": {"model": str(grader)}, "score_cache": str(tmp_path)}
+    with pytest.raises(ValueError, match=r"6 of 6 rows have no cached score \(missing_scores: error\)"):
+        response_scores(ranked(SAMPLES), RankingConfig.model_validate({**raw, "missing_scores": "error"}), TRAIN)
+    one_by_one = RankingConfig.model_validate({**raw, "batch_tokens": 1})
+    with pytest.MonkeyPatch.context() as patch:
+        sizes, original = [], RewardModelScorer.score
+        patch.setattr(RewardModelScorer, "score", lambda self, rows: [sizes.append(len(rows)), original(self, rows)][1])
+        assert ORDER in response_scores(ranked(SAMPLES), one_by_one, TRAIN).columns
+    assert sizes == [1] * 6
+    assert list(tmp_path.glob("*/scores-*.parquet"))
+
+
 def test_rows_of_responses() -> None:
     rows = ranked(SAMPLES)
     responses, keys = response_rows([rows.sample(index) for index in range(3)], rows)

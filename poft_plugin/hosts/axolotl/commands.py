@@ -10,7 +10,7 @@ from axolotl.cli.config import load_cfg
 from axolotl.integrations.base import PluginManager
 from axolotl.utils.dict import DictDefault
 
-from poft_plugin.config import DeftConfig, PoftConfig, RankingConfig
+from poft_plugin.config import DeftConfig, PoftConfig, RankingConfig, ScoringBlock
 from poft_plugin.data.columns import CONVERSATION
 from poft_plugin.data.preparation import Rows, RunContext
 from poft_plugin.hosts.axolotl.datasets import graded_rows, load_host_rows, run_context, unique_rows
@@ -25,13 +25,7 @@ from poft_plugin.scoring.graded import export_graded, write_graded_rows
 from poft_plugin.scoring.plan import matmul_rate, plan_reference, print_plan, probe
 from poft_plugin.scoring.pretrained import PretrainedScorer
 from poft_plugin.scoring.references import open_references, reference_rewards
-from poft_plugin.scoring.rewards import (
-    needs_scores,
-    open_reward_model,
-    response_rows,
-    rows_to_score,
-    scoring_settings,
-)
+from poft_plugin.scoring.rewards import needs_scores, open_reward_model, response_rows, rows_to_score
 from poft_plugin.scoring.run import Share, accelerator, prepare_missing, score_prepared
 from poft_plugin.scoring.sources import Source, check_revisions, score_all
 from poft_plugin.scoring.start_policy import KIND as START_POLICY
@@ -68,7 +62,7 @@ class Session:
     config: str
     cfg: DictDefault
     run: MethodRun
-    scoring: PoftConfig | DeftConfig
+    scoring: ScoringBlock
     context: RunContext
 
     @classmethod
@@ -83,8 +77,7 @@ class Session:
         settings = run.settings
         if not isinstance(settings, (PoftConfig, RankingConfig)):
             raise ValueError(f"{config}: `rl: {run.method.name}` has nothing to score that is known here")
-        scoring = settings if isinstance(settings, PoftConfig) else scoring_settings(settings)
-        return cls(config, cfg, run, scoring, run_context(cfg, "score"))
+        return cls(config, cfg, run, settings, run_context(cfg, "score"))
 
     @property
     def cache(self) -> ScoreCache:

@@ -18,6 +18,7 @@ from poft_plugin.hosts.axolotl.args import TAKEN_KEYS, TAKEN_OVER
 from poft_plugin.hosts.axolotl.checks import check_settings
 from poft_plugin.hosts.axolotl.compat import name_plugin
 from poft_plugin.hosts.axolotl.entries import take_over_entries
+from poft_plugin.hosts.axolotl.names import check_names
 from poft_plugin.methods import Method
 from poft_plugin.plugins import load_object, registry
 from poft_plugin.trainers.step import Step, StepSetup
@@ -86,6 +87,7 @@ def take_over(cfg: Any) -> MethodRun | None:
     Raises:
         ValueError: for any setting that is wrong or cannot be honoured, naming key, value and remedy.
     """
+    check_names(registry())
     rl = cfg.get("rl") or cfg.get(TAKEN_OVER)
     method = registry().methods.get(str(rl)) if rl else None
     if method is not None and not method.alone:
