@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from poft_plugin.data.discrepancy import GradedSample, count_tokens
+from poft_plugin.report.console import make_console
 from poft_plugin.report.grading import GradingSummary, TopTokens, print_grading, summarise_grading, top_tokens
 
 LEVELS = np.array(list("ABCAB"))
@@ -32,7 +32,7 @@ def summary(**changes: Any) -> GradingSummary:
 
 def printed(found: GradingSummary) -> str:
     """The tables as text."""
-    console = Console(file=io.StringIO(), width=160)
+    console = make_console(io.StringIO(), 160)
     print_grading(found, console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()

@@ -6,10 +6,11 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from poft_plugin.config import DeftConfig, RankingConfig, RowFilterConfig, parse_block, settings_model
-from poft_plugin.hosts.axolotl.args import TAKEN_KEYS, TAKEN_OVER
+from poft_plugin.config import DeftConfig, RankingConfig, RowFilterConfig, entries_of, parse_block, settings_model
+from poft_plugin.hosts.axolotl.args import NAME, TAKEN_KEYS, TAKEN_OVER
 from poft_plugin.hosts.axolotl.checks import check_settings
 from poft_plugin.hosts.axolotl.entries import take_over_entries
+from poft_plugin.hosts.axolotl.spelling import check_keys, check_rl
 from poft_plugin.methods import Method
 from poft_plugin.plugins import load_object, registry
 from poft_plugin.trainers.step import Step, StepSetup
@@ -79,13 +80,19 @@ def take_over(cfg: Any) -> MethodRun | None:
         ValueError: for any setting that is wrong or cannot be honoured, naming key, value and remedy.
     """
     rl = cfg.get("rl") or cfg.get(TAKEN_OVER)
+    check_rl(rl)
     method = registry().methods.get(str(rl)) if rl else None
     if method is not None and not method.alone:
         method = None  # the host's own, or nothing that can be trained without a wrapper
+    if method is not None or NAME in (cfg.get("plugins") or []):
+        check_keys(cfg, method)  # the host may load us unasked, into a run that is none of our business
     _check_blocks(cfg, method, rl)
     if method is None:
         return None
-    cfg.update({**(cfg.get(TAKEN_KEYS) or {}), TAKEN_KEYS: None})  # a saved config keeps them there
+    saved = cfg.get(TAKEN_KEYS) or {}  # a saved config keeps them there
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"{TAKEN_KEYS}: {saved!r} is written by poft_plugin itself; remove it")
+    cfg.update({**saved, TAKEN_KEYS: None})
     check_settings(cfg, method)
     settings = _settings(cfg, method)
     keys = _take_keys(cfg, method)
@@ -99,6 +106,12 @@ def take_over(cfg: Any) -> MethodRun | None:
         cfg["eval_sample_packing"] = False
     take_over_entries(cfg, method, _group_column(filters, settings))
     return MethodRun(method, settings, filters, keys, base_settings)
+
+
+def nothing_asked(cfg: Mapping[str, Any]) -> str:
+    """Why no method of ours runs, and what would ask for one."""
+    names = sorted(name for name, method in registry().methods.items() if method.alone)
+    return f"`rl: {cfg.get('rl') or 'null'}` is none of its rl types ({', '.join(names)})"
 
 
 def _make_step(method: Method, setup: StepSetup) -> Step:
@@ -150,7 +163,7 @@ def _check_blocks(cfg: Mapping[str, Any], method: Method | None, rl: Any) -> Non
 
 
 def _filters(cfg: Mapping[str, Any], settings: BaseModel) -> tuple[tuple[str, dict[str, Any]], ...]:
-    raw = cfg.get("row_filters") or []
+    raw = entries_of(cfg.get("row_filters"), "row_filters")
     entries = [parse_block(RowFilterConfig, entry, f"row_filters[{i}]") for i, entry in enumerate(raw)]
     for number, entry in enumerate(entries):
         if entry.name not in registry().row_filters:
