@@ -1,6 +1,7 @@
 """Where a model's weights are, and what they are: a hub commit, or the content hash of a local folder."""
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import httpx
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
+    HFValidationError,
     HfHubHTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
@@ -60,8 +62,8 @@ def resolve_checkpoint(model: str, revision: str | None, cache: ScoreCache, what
     Raises:
         MissingCheckpointError: if it is not there, with the remedy.
     """
-    folder, title = Path(model).expanduser(), f"{what} {model}"
-    if folder.is_dir():
+    folder, title = Path(os.path.expanduser(model)), f"{what} {model}"
+    if os.path.isdir(folder):  # unlike pathlib's, it knows names that no folder can have
         if revision is not None:
             raise ValueError(f"{title}: `revision: {revision}` is for hub models; this is a local folder")
         return Checkpoint(str(folder), None, _folder_hash(folder, cache, title))
@@ -82,6 +84,8 @@ def _hub_commit(model: str, revision: str | None, title: str) -> str:
         raise MissingCheckpointError(
             f"{title}: gated; accept its licence on the hub and log in (`hf auth login`)"
         ) from error
+    except HFValidationError as error:
+        raise MissingCheckpointError(f"{title}: neither a local folder nor the name of a hub model") from error
     except RevisionNotFoundError as error:
         raise MissingCheckpointError(f"{title}: no revision {revision!r} on the hub") from error
     except RepositoryNotFoundError as error:

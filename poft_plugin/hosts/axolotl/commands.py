@@ -15,7 +15,7 @@ from poft_plugin.data.columns import CONVERSATION
 from poft_plugin.data.preparation import Rows, RunContext
 from poft_plugin.data.render import Rendered
 from poft_plugin.hosts.axolotl.datasets import graded_rows, load_host_rows, run_context
-from poft_plugin.hosts.axolotl.entries import ENTRIES
+from poft_plugin.hosts.axolotl.entries import ENTRIES, SALT_FIELD
 from poft_plugin.hosts.axolotl.plugin import PoftPlugin
 from poft_plugin.hosts.axolotl.run import MethodRun
 from poft_plugin.report.console import make_console
@@ -81,7 +81,7 @@ class Session:
         if not isinstance(settings, (PoftConfig, RankingConfig)):
             raise ValueError(f"{config}: `rl: {run.method.name}` has nothing to score that is known here")
         scoring = settings if isinstance(settings, PoftConfig) else scoring_settings(settings)
-        sets = [entry.label for entry in ENTRIES.values()]
+        sets = [ENTRIES[entry[SALT_FIELD]].label for entry in [*cfg.datasets, *(cfg.test_datasets or [])]]
         console.print(f"{config}: rl: {run.method.name} ({run.method.paper}); reading {', '.join(sets)}")
         return cls(config, cfg, run, scoring, run_context(cfg, "score"))
 

@@ -52,6 +52,8 @@ class PoftPlugin(BasePlugin):  # type: ignore[misc]
             method = self.method_run.method
             keys = "" if self.method_run.keys is None else f"; {self.method_run.keys!r}"
             LOG.info(f"rl: {method.name} ({method.paper}); {method.block}: {self.method_run.settings!r}{keys}")
+            for doubt in self.method_run.doubts():
+                LOG.warning(doubt)
 
     def get_input_args(self) -> str:
         """Our keys in the host's schema."""

@@ -18,6 +18,9 @@ from poft_plugin.trainers.step import Step, StepSetup
 READ_DEFT = ("response_scores", "reference_sum_logps", "grades")
 """Preprocessors that read the block `deft:`, whichever method names them."""
 
+PERCENTAGES = ("keep_top_percent", "top_percent")
+"""Keys of blocks that say how many rows stay."""
+
 
 @dataclass(frozen=True)
 class MethodRun:
@@ -55,6 +58,16 @@ class MethodRun:
         for method, settings in ((self.method, self.settings), (self.method.base, self.base_settings)):
             if method is not None and method.check is not None and settings is not None:
                 load_object(method.check)(settings)
+
+    def doubts(self) -> list[str]:
+        """What can be honoured, and is hardly meant: a percentage below 1."""
+        values = [(self.method.block, key, getattr(self.settings, key, 100.0)) for key in PERCENTAGES]
+        return [
+            f"{block}.{key}: {value:g} keeps {value:g} % of the rows, in percent; {100 * value:g} % of them is "
+            f"`{key}: {100 * value:g}`"
+            for block, key, value in values
+            if value < 1
+        ]
 
     def step(self) -> Step:
         """The method's step object."""
