@@ -87,7 +87,8 @@ POFT = (
 )  # fmt: skip
 DEFT = (
     "deft", "deft.reward_model", "deft.reward_model.model", "deft.reward_model.max_length", "deft.top_percent",
-    "deft.train_on", "deft.rank_by", "rl_beta", "dpo_loss_type", "datasets.0.field_chosen", "datasets.0.on_unusable_row",
+    "deft.train_on", "deft.rank_by", "rl_beta", "dpo_loss_type", "datasets.0.field_chosen",
+    "datasets.0.on_unusable_row",
 )  # fmt: skip
 """Places in a config, with dots between."""
 

@@ -1,6 +1,5 @@
 """Keys near ours are refused with the place that they were meant for; the host's keys never are."""
 
-import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +10,7 @@ from axolotl.utils.dict import DictDefault
 from axolotl.utils.schemas.config import AxolotlInputConfig
 from axolotl.utils.schemas.enums import RLType
 
+from poft_plugin.hosts.axolotl import plugin
 from poft_plugin.hosts.axolotl.plugin import PoftPlugin
 from poft_plugin.hosts.axolotl.raw_config import check_asked_for
 from poft_plugin.hosts.axolotl.run import MethodRun, take_over
@@ -26,6 +26,14 @@ POFT: dict[str, Any] = {
     "datasets": [{"path": "rows.jsonl", "type": "chat_template"}],
 }
 DEFT = {**POFT, "rl": "deft_dpo", "poft": None, "deft": {"reward_model": "./rm"}}
+
+
+@pytest.fixture
+def warned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the plugin warns of."""
+    lines: list[str] = []
+    monkeypatch.setattr(plugin.LOG, "warning", lines.append)
+    return lines
 
 
 def run(config: dict[str, Any], **settings: Any) -> MethodRun | None:
@@ -80,7 +88,12 @@ def test_taken(settings: dict[Any, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("written", "models"),
-    [("./a", ["./a"]), (["./a", "./b"], ["./a", "./b"]), ({"model": "./a"}, ["./a"]), ([{"model": "./a"}, "b"], ["./a", "b"])],
+    [
+        ("./a", ["./a"]),
+        (["./a", "./b"], ["./a", "./b"]),
+        ({"model": "./a"}, ["./a"]),
+        ([{"model": "./a"}, "b"], ["./a", "b"]),
+    ],
 )  # fmt: skip
 def test_a_model_may_be_named_alone(written: Any, models: list[str]) -> None:
     found = run(POFT, poft={"references": written})
@@ -98,24 +111,17 @@ def test_a_model_may_be_named_alone(written: Any, models: list[str]) -> None:
     ],
 )
 def test_a_percentage_below_one_is_doubted(
-    config: dict[str, Any], settings: dict[str, Any], expected: str | None, caplog: pytest.LogCaptureFixture
+    config: dict[str, Any], settings: dict[str, Any], expected: str | None, warned: list[str]
 ) -> None:
-    logging.getLogger("axolotl").addHandler(caplog.handler)
     PoftPlugin().register(DictDefault({**config, **settings}))
-    logging.getLogger("axolotl").removeHandler(caplog.handler)
-    warned = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert [expected in message for message in warned] == [True] if expected else warned == []
 
 
 @pytest.mark.parametrize(("plugins", "says"), [([PLUGIN], True), (["a.B"], False)])
-def test_nothing_asked_for_is_said_in_one_line(
-    caplog: pytest.LogCaptureFixture, plugins: list[str], says: bool
-) -> None:
-    logging.getLogger("axolotl").addHandler(caplog.handler)
+def test_nothing_asked_for_is_said_in_one_line(warned: list[str], plugins: list[str], says: bool) -> None:
     PoftPlugin().register(DictDefault({"base_model": "b", "plugins": plugins}))
-    logging.getLogger("axolotl").removeHandler(caplog.handler)
-    said = [m for m in caplog.messages if m.startswith("poft_plugin does nothing in this run: `rl: null`")]
-    assert len(said) == says
+    assert len(warned) == says
+    assert all(line.startswith("poft_plugin does nothing in this run: `rl: null`") for line in warned)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +129,7 @@ def test_nothing_asked_for_is_said_in_one_line(
     [
         ({**POFT, "plugins": None}, r"not loaded.*Add the lines\nplugins:\n  - poft_plugin\.PoftPlugin"),
         ({**POFT, "plugins": ["a.B"]}, r"not loaded"),
-        ({**POFT, "plugins": ["poft_plugn.PoftPlugin"]}, r"'poft_plugn\.PoftPlugin' is no plugin; did you mean poft_pl"),
+        ({**POFT, "plugins": ["poft_plugn.PoftPlugin"]}, r"'poft_plugn\.PoftPlugin' is no plugin; did you mean"),
         ({**POFT, "plugins": ["poft_plugin"]}, r"'poft_plugin' is no plugin; did you mean"),
         ({**POFT, "plugins": PLUGIN}, r"expected a list of names"),
         ({**POFT, "rl": None}, r"the block `poft:` is there, but `rl: null` asks for nothing"),
