@@ -61,6 +61,11 @@ class RankingConfig(ScoringBlock):
         None, description="The model that scores responses; null where the data carry scores, or none are needed."
     )
 
+    @field_validator("reward_model", mode="before")
+    @classmethod
+    def _named_alone(cls, value: Any) -> Any:
+        return {"model": value} if isinstance(value, str) else value
+
 
 class DeftConfig(RankingConfig):
     """The block `deft:`, read by every `rl: deft_<method>`."""

@@ -1,9 +1,10 @@
 """The block `poft:`."""
 
+from collections.abc import Mapping
 from pathlib import PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from poft_plugin.config.blocks import Block
 from poft_plugin.config.scoring import ScoringBlock
@@ -80,6 +81,14 @@ class PoftConfig(ScoringBlock):
         description="A row that cannot be read, or that the policy's or a reference's chat template refuses or "
         "changes: error | drop it.",
     )
+
+    @field_validator("references", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        many = [value] if isinstance(value, (str, Mapping)) else value
+        if not isinstance(many, (list, tuple)):
+            raise ValueError("expected a list of references, each a model or a block of keys")
+        return [{"model": entry} if isinstance(entry, str) else entry for entry in many]
 
     @model_validator(mode="after")
     def _within_what(self) -> "PoftConfig":

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import BaseModel, TypeAdapter
 
 from poft_plugin.scoring.scorer import Identity, Score
 
@@ -28,6 +29,27 @@ REFUSED = -(2**31)
 
 ENVIRONMENT = "POFT_SCORE_CACHE"
 DEFAULT_FOLDER = "poft_scores"
+
+
+class ImportNote(BaseModel):
+    """Where the imported scores of a model are, and whether their file said what made them."""
+
+    identity: dict[str, Any]
+    anonymous: bool
+
+
+NOTES: dict[str, TypeAdapter[Any]] = {
+    "revisions": TypeAdapter(dict[str, str]),
+    "fingerprints": TypeAdapter(dict[str, list[int | str]]),
+    "imports": TypeAdapter(dict[str, ImportNote]),
+}
+"""What each of the small files beside the scores holds."""
+
+LOST_NOTES = {
+    "revisions": "it is written again when scores are made",
+    "fingerprints": "weight files are hashed again",
+    "imports": "import the files of scores again",
+}
 
 
 @dataclass(frozen=True)
@@ -115,9 +137,21 @@ class ScoreCache:
             pq.write_table(table.cast(SCHEMA), temporary)
 
     def read_note(self, name: str) -> dict[str, Any]:
-        """A small JSON file beside the scores (`revisions`, `imports`, `fingerprints`); empty where there is none."""
+        """A small JSON file beside the scores (`revisions`, `imports`, `fingerprints`); empty where there is none.
+
+        Raises:
+            ValueError: for a damaged file, naming it and what its loss costs.
+        """
         path = self.folder / f"{name}.json"
-        return dict(json.loads(path.read_text())) if path.exists() else {}
+        try:
+            adapter = NOTES[name]
+            return dict(adapter.dump_python(adapter.validate_json(path.read_bytes())))
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise ValueError(f"score_cache {self.folder}: {error.strerror}; name another folder") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: damaged; delete it: {LOST_NOTES[name]}") from error
 
     def update_note(self, name: str, entries: Mapping[str, Any]) -> None:
         """Adds entries to such a file."""

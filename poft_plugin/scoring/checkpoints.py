@@ -1,6 +1,7 @@
 """Where a model's weights are, and what they are: a hub commit, or the content hash of a local folder or GGUF file."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -66,9 +68,10 @@ def resolve_checkpoint(model: str, revision: str | None, cache: ScoreCache, what
     Raises:
         MissingCheckpointError: if it is not there, with the remedy.
     """
-    path, title = Path(model).expanduser(), f"{what} {model}"
-    is_gguf = path.suffix == GGUF and not path.is_dir()
-    if path.is_dir() or (is_gguf and path.is_file()):
+    path, title = Path(os.path.expanduser(model)), f"{what} {model}"
+    is_folder = os.path.isdir(path)  # unlike pathlib's, it knows names that no folder can have
+    is_gguf = path.suffix == GGUF and not is_folder
+    if is_folder or (is_gguf and os.path.isfile(path)):
         if revision is not None:
             raise ValueError(f"{title}: `revision: {revision}` is for hub models; this is a local one")
         if is_gguf:
@@ -95,6 +98,8 @@ def _hub_commit(model: str, revision: str | None, title: str, file: str = CONFIG
         raise MissingCheckpointError(
             f"{title}: gated; accept its licence on the hub and log in (`hf auth login`)"
         ) from error
+    except HFValidationError as error:
+        raise MissingCheckpointError(f"{title}: neither a local folder nor the name of a hub model") from error
     except RevisionNotFoundError as error:
         raise MissingCheckpointError(f"{title}: no revision {revision!r} on the hub") from error
     except RepositoryNotFoundError as error:

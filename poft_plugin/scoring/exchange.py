@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import BaseModel
 
 from poft_plugin.scoring.cache import SCHEMA, Lookup, ScoreCache, atomic_file
 from poft_plugin.scoring.scorer import Identity
@@ -20,6 +21,10 @@ ROUNDING = 1e-6
 EXPORTED = pa.schema(
     [("row_key", pa.string()), ("model", pa.string()), ("reward", pa.float64()), ("num_tokens", pa.int32())]
 )
+
+
+class _Metadata(BaseModel):
+    scorers: dict[str, dict[str, Any] | None]
 
 
 @dataclass(frozen=True)
@@ -181,18 +186,38 @@ def _read(path: Path) -> tuple[pa.Table, dict[str, Any]]:
             raise ValueError(f"{path}: no column {column!r}; it has {table.column_names}")
     if "num_tokens" not in table.column_names:
         table = table.append_column("num_tokens", pa.array(np.ones(table.num_rows), pa.int32()))
-    table = table.filter(pc.is_valid(table["reward"]))
+    table = _cast(table.filter(pc.is_valid(table["reward"])), path)
     if table["row_key"].null_count:
         raise ValueError(
             f"{path}: {table['row_key'].null_count} rows without a row key; take the keys of `export --rows`"
         )
-    try:
-        rewards = table["reward"].cast(pa.float64())
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path}: the column 'reward' must hold numbers ({error})") from error
-    table = table.set_column(table.column_names.index("reward"), "reward", rewards)
+    return table, _scorers(table, path)
+
+
+def _cast(table: pa.Table, path: Path) -> pa.Table:
+    for name in (column for column in EXPORTED.names if column in table.column_names):
+        wanted = EXPORTED.field(name).type
+        try:
+            cast = table[name].cast(wanted)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            what = "text" if wanted == pa.string() else "numbers"
+            raise ValueError(f"{path}: the column {name!r} must hold {what} ({error})") from error
+        table = table.set_column(table.column_names.index(name), name, cast)
+    return table
+
+
+def _scorers(table: pa.Table, path: Path) -> dict[str, Any]:
+    """What made the scores of each model, as the file says; nothing where it does not."""
     metadata = (table.schema.metadata or {}).get(METADATA)
-    return table, json.loads(metadata)["scorers"] if metadata else {}
+    if metadata is None:
+        return {}
+    try:
+        return _Metadata.model_validate_json(metadata).scorers
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: its metadata `{METADATA.decode()}` is damaged. Export the scores again, or write the file "
+            "without metadata"
+        ) from error
 
 
 def _check_rewards(table: pa.Table, where: str, *, log_probabilities: bool) -> None:

@@ -195,9 +195,12 @@ def test_plan_score_export_import(models: SimpleNamespace, in_folder: Path, monk
     assert plan.count("rows/s") == 2
     assert not list(in_folder.glob("poft_scores/*/scores-*"))
     shown = ran("score", path, "--show", "2")
-    assert len(re.findall(r"grader: data.jsonl row \d+ \(key [0-9a-f]{32}\): \d+ of \d+ tokens counted", shown)) == 2
+    heads = r"grader: data.jsonl row (\d+) \(key [0-9a-f]{32}\): (chosen|rejected): \d+ of \d+ tokens counted"
+    (first, a), (_, b), (second, c), (_, d) = re.findall(heads, shown)
+    assert (first != second, [a, b, c, d]) == (True, ["chosen", "rejected"] * 2)
     ran("score", path)
     refuse_to_load(monkeypatch)
+    assert "Grades: A = top" in ran("plan", path)  # all is scored
     again = ran("score", path)
     assert "reward model grader: 32 rows cached, 0 to score" in again
     assert "start policy policy: 32 rows cached, 0 to score" in again
@@ -308,13 +311,16 @@ def test_what_the_commands_refuse(models: SimpleNamespace, in_folder: Path, expo
     scored = tiny.write_jsonl(in_folder / "scored.jsonl", tiny.pair_rows(9))
     entry = {"path": str(scored), "ds_type": "json", "type": "chat_template.default"}
     without = str(config(in_folder, models, rl="deft_pro", datasets=[entry], deft={"reward_model": None}))
-    assert "with these settings has nothing to score" in poft("plan", without).output
+    planned = ran("plan", without)  # the data's own scores: the plan is done, and grades can be shown
+    assert "nothing to score" in planned
+    assert "Grades: A = top" in planned and "scored.jsonl" in planned
     assert "no `deft.reward_model` whose scores could be imported" in poft("import", without, str(exported)).output
     assert "18 lines" in ran("export", without, "--out", "data.parquet")
     assert set(pq.read_table("data.parquet")["model"].to_pylist()) == {"data"}
     ungraded = {"reward_model": None, "omega": 0, "train_on": "all"}
     nothing = str(config(in_folder, models, rl="deft_pro", datasets=[entry], deft=ungraded))
     assert "with these settings grades nothing" in poft("export", nothing, "--out", "x").output
+    assert "Grades" not in ran("plan", nothing)
 
 
 def test_rows_are_listed_without_the_reward_model(models: SimpleNamespace, in_folder: Path) -> None:

@@ -67,9 +67,9 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
 def test_notes_merge(tmp_path: Path) -> None:
     cache = ScoreCache(tmp_path / "new")
     assert cache.read_note("revisions") == {}
-    cache.update_note("revisions", {"a": 1})
-    cache.update_note("revisions", {"b": 2})
-    assert cache.read_note("revisions") == {"a": 1, "b": 2}
+    cache.update_note("revisions", {"a": "1"})
+    cache.update_note("revisions", {"b": "2"})
+    assert cache.read_note("revisions") == {"a": "1", "b": "2"}
 
 
 def test_folder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from poft_plugin.hosts.axolotl.errors import one_message
+from poft_plugin.hosts.axolotl.quiet import host_kept_quiet
 
 if TYPE_CHECKING:
     from poft_plugin.hosts.axolotl.commands import Session
@@ -21,9 +22,11 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def wrapper(config: str, **options: Any) -> None:
-        os.environ.setdefault("AXOLOTL_LOG_LEVEL", "WARNING")
         os.environ["AXOLOTL_IS_PREPROCESS"] = "1"
-        with one_message():
+        with one_message(), host_kept_quiet():
+            from poft_plugin.hosts.axolotl.raw_config import check_asked_for
+
+            check_asked_for(config)
             from poft_plugin.hosts.axolotl.commands import Session
 
             function(Session.open(config), **options)

@@ -39,6 +39,9 @@ LOG = get_logger("axolotl.poft_plugin")  # the host shows messages of its own na
 TEXT_COLUMNS = (CONVERSATION, SOURCE, ROW_NUMBER, GROUP, DROPPABLE, LEFT_OUT)
 """What rows carry until their scores are joined."""
 
+FEW_ROWS = 50
+"""Training rows below which filters have hardly left what was meant."""
+
 
 @dataclass(frozen=True)
 class HostRows:
@@ -209,6 +212,8 @@ def _filtered(run: MethodRun, part: HostRows) -> HostRows:
     for name, settings in run.filters:
         keep = registry().row_filters[name](part.rows, **settings)
         part = _selected(part, np.asarray(keep, dtype=bool), f"by the filter {name}")
+    if run.filters and len(part.rows) < FEW_ROWS:
+        LOG.warning(f"only {len(part.rows)} rows are left to train on by {', '.join(name for name, _ in run.filters)}")
     return part
 
 

@@ -8,6 +8,7 @@ digest of what it cannot see.
 import difflib
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from axolotl.utils.schemas.datasets import SFTDataset
 
-from poft_plugin.config import parse_block
+from poft_plugin.config import entries_of, parse_block
 from poft_plugin.hosts.axolotl.prompt_completion import PROMPT_COMPLETION, PromptCompletionFields
 from poft_plugin.hosts.axolotl.ranked_fields import RANKED_TYPES, RankedFields
 from poft_plugin.hosts.axolotl.ranked_host_types import from_host_type
@@ -111,7 +112,7 @@ def take_over_entries(cfg: Any, method: Method, group_column: str | None, *, dro
     """
     used: dict[str, int] = {}
     for section in ("datasets", "test_datasets"):
-        for number, raw in enumerate(cfg.get(section) or []):
+        for number, raw in enumerate(entries_of(cfg.get(section), section)):
             where = f"{section}[{number}]"
             raw = from_host_type(raw, where) if method.ranked else raw
             label = _label(raw, where, used, method)
@@ -179,6 +180,9 @@ def _label(raw: Mapping[str, Any], where: str, used: dict[str, int], method: Met
         if not raw.get(key):
             raise ValueError(f"{where}: no `{key}:`")
     kind = raw["type"]
+    for key, allowed in (("path", str), ("type", (str, Mapping))):
+        if not isinstance(raw[key], allowed):
+            raise ValueError(f"{where}.{key}: expected a name, found {raw[key]!r}")
     if method.ranked and kind not in RANKED_TYPES:
         raise ValueError(
             f"{where} ({raw['path']}): type {kind!r} is not supported by `rl: {method.name}`, which takes preference "
@@ -188,9 +192,8 @@ def _label(raw: Mapping[str, Any], where: str, used: dict[str, int], method: Met
     if not method.ranked and isinstance(kind, str) and family not in (*FAMILIES, PROMPT_COMPLETION):
         raise ValueError(f"{where} ({raw['path']}): type {kind!r} is not supported. What works: {SUPPORTED_TYPES}")
     path = str(raw["path"])
-    name = Path(path).name if Path(path).exists() else path
-    files = raw.get("data_files") or []
-    parts = [raw.get("name"), *([files] if isinstance(files, str) else files), raw.get("split")]
+    name = Path(path).name if os.path.exists(path) else path  # unlike pathlib's, it knows names that no file can have
+    parts = [raw.get("name"), *_names(raw.get("data_files")), raw.get("split")]
     label = " ".join([name, *(str(part) for part in parts if part)])
     used[label] = used.get(label, 0) + 1
     return label if used[label] == 1 else f"{label} #{used[label]}"
@@ -208,16 +211,24 @@ def _digest(entry: Entry, rl: str, cfg: Mapping[str, Any]) -> str:
     return digest.hexdigest()[:16]
 
 
+def _names(data_files: Any) -> list[Any]:
+    """`data_files` of an entry: a name, a list of them, or a mapping of splits to either."""
+    if isinstance(data_files, Mapping):
+        return [name for names in data_files.values() for name in _names(names)]
+    if isinstance(data_files, (list, tuple)):
+        return list(data_files)
+    return [] if data_files is None else [data_files]
+
+
 def _files(raw: Mapping[str, Any], cfg: Mapping[str, Any]) -> Iterable[Path]:
     """Local files that the prepared rows depend on: data, templates, the policy's tokenizer."""
-    data_files = raw.get("data_files") or []
-    named = [raw["path"], *([data_files] if isinstance(data_files, str) else data_files)]
+    named = [raw["path"], *_names(raw.get("data_files"))]
     named += [raw.get("chat_template_jinja"), cfg.get("chat_template_jinja")]
     tokenizer = Path(str(cfg.get("tokenizer_config") or cfg.get("base_model")))
     found = [tokenizer / name for name in TOKENIZER_FILES]
     for name in named:
-        if name and len(str(name)) < 1024 and Path(str(name)).is_dir():
+        if name and os.path.isdir(str(name)):
             found += sorted(path for path in Path(str(name)).rglob("*") if ".cache" not in path.parts)
-        elif name and len(str(name)) < 1024:
+        elif name:
             found.append(Path(str(name)))
-    return [path for path in found if path.is_file()]
+    return [path for path in found if os.path.isfile(path)]

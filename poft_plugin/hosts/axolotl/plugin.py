@@ -15,10 +15,10 @@ from axolotl.utils.logging import get_logger
 # the host finds the strategy by name, and takes a ModuleNotFoundError in it for an unknown dataset type
 import poft_plugin.hosts.axolotl.strategy  # noqa: F401
 from poft_plugin import __version__
-from poft_plugin.hosts.axolotl.args import TAKEN_OVER
+from poft_plugin.hosts.axolotl.args import NAME, TAKEN_OVER
 from poft_plugin.hosts.axolotl.compat import TESTED_VERSIONS, prepare_cpu_ranks
 from poft_plugin.hosts.axolotl.errors import install_hook, one_message
-from poft_plugin.hosts.axolotl.run import MethodRun, take_over
+from poft_plugin.hosts.axolotl.run import MethodRun, nothing_asked, take_over
 
 LOG = get_logger("axolotl.poft_plugin")  # the host shows messages of its own namespace only
 
@@ -45,10 +45,15 @@ class PoftPlugin(BasePlugin):  # type: ignore[misc]
         """Validates our blocks, takes `rl` off the raw config, rewrites its dataset entries."""
         self.method_run = take_over(cfg)
         self._statistics, self._tensors = {}, {}
-        if self.method_run is not None:
+        if self.method_run is None:
+            if NAME in (cfg.get("plugins") or []):  # the host may load it unasked, too
+                LOG.warning(f"poft_plugin does nothing in this run: {nothing_asked(cfg)}")
+        else:
             method = self.method_run.method
             keys = "" if self.method_run.keys is None else f"; {self.method_run.keys!r}"
             LOG.info(f"rl: {method.name} ({method.paper}); {method.block}: {self.method_run.settings!r}{keys}")
+            for doubt in self.method_run.doubts():
+                LOG.warning(doubt)
 
     def get_input_args(self) -> str:
         """Our keys in the host's schema."""
