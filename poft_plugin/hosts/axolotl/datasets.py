@@ -202,7 +202,7 @@ def _finished(part: HostRows, run: MethodRun, cfg: DictDefault, *, packed: bool 
         return dataset
     columns: dict[str, Sequence[float] | np.ndarray] = dict(part.rows.attached)
     columns[ROW_INDEX] = np.arange(len(part.rows))
-    texts = [name for name in TEXT_COLUMNS if name in part.dataset.column_names]
+    texts = [name for name in (CONVERSATION, GROUP) if name in part.dataset.column_names]
     return concatenate_datasets([part.dataset.remove_columns(texts), Dataset.from_dict(columns)], axis=1)
 
 
