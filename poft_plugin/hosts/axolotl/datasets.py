@@ -17,6 +17,7 @@ from datasets import Dataset, concatenate_datasets
 from poft_plugin.config import DeftConfig
 from poft_plugin.data.columns import CONVERSATION, GROUP, ROW_INDEX, ROW_KEY, ROW_NUMBER, SOURCE
 from poft_plugin.data.preparation import Columns, Prepared, Purpose, Rows, RunContext
+from poft_plugin.data.split import evaluation_rows
 from poft_plugin.hosts.axolotl.checks import check_packing, check_share_prompt
 from poft_plugin.hosts.axolotl.entries import SUPPORTED_TYPES
 from poft_plugin.hosts.axolotl.policy import check_linear_head, check_no_window, policy_of
@@ -67,10 +68,21 @@ class HostRows:
 
 
 def load_host_rows(cfg: DictDefault) -> tuple[HostRows, HostRows | None, int | None]:
-    """Training and evaluation rows as the host prepares them, and its own step count."""
+    """Training and evaluation rows as the host prepares them, and its own step count.
+
+    `val_set_size` rows are set aside by their keys: the host takes the last ones of its own shuffle.
+
+    Raises:
+        ValueError: as `HostRows.of`, or if no row is left to train on.
+    """
     meta = load_host_datasets(cfg=cfg)
-    evaluation = HostRows.of(meta.eval_dataset) if meta.eval_dataset is not None else None
-    return HostRows.of(meta.train_dataset), evaluation, meta.total_num_steps
+    if meta.eval_dataset is None or cfg.test_datasets:
+        evaluation = None if meta.eval_dataset is None else HostRows.of(meta.eval_dataset)
+        return HostRows.of(meta.train_dataset), evaluation, meta.total_num_steps
+    whole = HostRows.of(concatenate_datasets([meta.train_dataset, meta.eval_dataset]))
+    aside = evaluation_rows(whole.rows.keys.to_pylist(), len(meta.eval_dataset))
+    why = f"for evaluation (val_set_size: {cfg.val_set_size})"
+    return selected(whole, ~aside, why), selected(whole, aside, "for training"), meta.total_num_steps
 
 
 def prepare(
@@ -104,7 +116,7 @@ def prepare(
         check_linear_head(cfg)
     graded, others, whole = _graded(cfg, run, context)
     kept = _filtered(run, graded)
-    finished = [_finished(kept, run, cfg, packed=bool(cfg.sample_packing)), *(_finished(p, run, cfg) for p in others)]
+    finished = [finished(kept, run, cfg, packed=bool(cfg.sample_packing)), *(finished(p, run, cfg) for p in others)]
     if run.method.ranked:
         check_one_step(len(finished[0]), cfg, context)
     steps = None if purpose == "preprocess" else _count_steps(cfg, finished[0])
@@ -122,7 +134,7 @@ def _graded(cfg: DictDefault, run: MethodRun, context: RunContext) -> tuple[Host
     """Training rows and the other sets' rows with all columns on, and what the preprocessors made besides."""
     train, evaluation, _ = load_host_rows(cfg)
     if run.method.ranked and evaluation is not None:
-        train = _selected(train, not_in_evaluation(train.rows, evaluation.rows), "that are evaluation rows")
+        train = selected(train, not_in_evaluation(train.rows, evaluation.rows), "that are evaluation rows")
     parts = [train] if evaluation is None else [train, evaluation]
     unique = Rows(pa.concat_tables([part.rows.table for part in parts]), {}).unique()
     prepared = _run_preprocessors(run, unique, context)
@@ -131,12 +143,20 @@ def _graded(cfg: DictDefault, run: MethodRun, context: RunContext) -> tuple[Host
     return graded, joined[1:], _merged([prepared, whole])
 
 
-def attach_columns(dataset: Dataset, run: MethodRun, cfg: DictDefault) -> Dataset:
-    """Attaches the method's columns to a prepared data set that came without them (`axolotl evaluate`)."""
-    part = HostRows.of(dataset)
-    unique = part.rows.unique()
+def joined(parts: Sequence[HostRows], unique: Rows, run: MethodRun, cfg: DictDefault) -> list[HostRows]:
+    """Sets of rows with the method's columns, from the score cache alone (`axolotl evaluate`).
+
+    Args:
+        parts: sets of rows.
+        unique: each of their rows once.
+        run: the method.
+        cfg: the host's config.
+
+    Raises:
+        ValueError: for a row without a cached score.
+    """
     prepared = _run_preprocessors(run, unique, run_context(cfg, "evaluate"))
-    return _finished(_attach(part, unique, prepared), run, cfg)
+    return [_attach(part, unique, prepared) for part in parts]
 
 
 def run_context(cfg: DictDefault, purpose: Purpose) -> RunContext:
@@ -173,17 +193,27 @@ def _attach(part: HostRows, unique: Rows, prepared: Prepared) -> HostRows:
     if not prepared.dropped:
         return joined
     keep = pc.invert(pc.is_in(part.rows.keys, value_set=pa.array(sorted(prepared.dropped)))).to_numpy()
-    return _selected(joined, keep, "that a reference cannot read")
+    return selected(joined, keep, "that a reference cannot read")
 
 
 def _filtered(run: MethodRun, part: HostRows) -> HostRows:
     for name, settings in run.filters:
         keep = registry().row_filters[name](part.rows, **settings)
-        part = _selected(part, np.asarray(keep, dtype=bool), f"by the filter {name}")
+        part = selected(part, np.asarray(keep, dtype=bool), f"by the filter {name}")
     return part
 
 
-def _selected(part: HostRows, keep: np.ndarray, why: str) -> HostRows:
+def selected(part: HostRows, keep: np.ndarray, why: str) -> HostRows:
+    """Some of the rows.
+
+    Args:
+        part: the rows.
+        keep: `(n,)` booleans.
+        why: the others are left out, for messages.
+
+    Raises:
+        ValueError: if none is kept.
+    """
     if not keep.all():
         LOG.info(f"{len(keep) - int(keep.sum()):,} of {len(keep):,} rows left out {why}")
     if not keep.any():
@@ -192,10 +222,10 @@ def _selected(part: HostRows, keep: np.ndarray, why: str) -> HostRows:
     return HostRows(part.dataset.select(np.flatnonzero(keep)), Rows(part.rows.table.filter(pa.array(keep)), attached))
 
 
-def _finished(part: HostRows, run: MethodRun, cfg: DictDefault, *, packed: bool = False) -> Dataset:
+def finished(part: HostRows, run: MethodRun, cfg: DictDefault, *, packed: bool = False) -> Dataset:
     """The data set that the trainer gets: text columns off, the method's columns and a row index on."""
     if run.method.ranked:
-        part = _selected(part, short_enough(part.rows, cfg), f"with a sequence over sequence_len {cfg.sequence_len}")
+        part = selected(part, short_enough(part.rows, cfg), f"with a sequence over sequence_len {cfg.sequence_len}")
         dataset = laid_out(part.rows, list(part.rows.attached), share_prompts=packed and run.share_prompts)
         if packed:
             check_pack(part.rows, np.asarray(dataset["length"]), cfg)

@@ -28,6 +28,10 @@ if axolotl.__version__ not in TESTED_VERSIONS:
     )
 
 
+DEFAULT_SEED = 42
+"""What transformers' trainer takes where none is set."""
+
+
 class PoftPlugin(BasePlugin):  # type: ignore[misc]
     """Adds the rl types of the method table to Axolotl. Every hook does nothing where `rl:` is not one of them."""
 
@@ -36,12 +40,16 @@ class PoftPlugin(BasePlugin):  # type: ignore[misc]
         self.method_run: MethodRun | None = None
         self._statistics: Mapping[str, float] = {}
         self._tensors: Mapping[str, np.ndarray] = {}
+        self._prepared = False
 
     def register(self, cfg: DictDefault) -> None:
         """Validates our blocks, takes `rl` off the raw config, rewrites its dataset entries."""
         self.method_run = take_over(cfg)
-        self._statistics, self._tensors = {}, {}
+        self._statistics, self._tensors, self._prepared = {}, {}, False
         if self.method_run is not None:
+            if cfg.get("seed") is None:
+                cfg["seed"] = DEFAULT_SEED
+                LOG.info(f"seed: {DEFAULT_SEED} (not set: the host would shuffle, and shard, anew in every process)")
             method = self.method_run.method
             keys = "" if self.method_run.keys is None else f"; {self.method_run.keys!r}"
             LOG.info(f"rl: {method.name} ({method.paper}); {method.block}: {self.method_run.settings!r}{keys}")
@@ -59,7 +67,18 @@ class PoftPlugin(BasePlugin):  # type: ignore[misc]
         prepare_cpu_ranks(cfg)
         purpose = "preprocess" if preprocess else "train"
         meta, self._statistics, self._tensors = prepare(cfg, self.method_run, purpose)
+        self._prepared = True
         return meta
+
+    def pre_model_load(self, cfg: DictDefault) -> None:
+        """`axolotl evaluate` is told what it may evaluate before the model is loaded.
+
+        It is known by this: the host has read data and counted their tokens, and did not ask us for them.
+        """
+        if self.method_run is not None and not self._prepared and cfg.total_num_tokens:
+            from poft_plugin.hosts.axolotl.evaluation import check_evaluation
+
+            check_evaluation(cfg, self.method_run)
 
     def get_training_args(self, cfg: DictDefault) -> dict[str, Any] | None:
         """Keeps our columns, the last batch of a data set unless its loss was asked for, and whole epochs.
@@ -91,9 +110,10 @@ class PoftPlugin(BasePlugin):  # type: ignore[misc]
         return trainer_class(self.method_run, cfg, self._tensors)
 
     def add_callbacks_post_trainer(self, cfg: DictDefault, trainer: Any) -> list[Any]:
-        """Logs the references' statistics once, to every tracker that the host runs."""
-        if self.method_run is None or not self._statistics:
+        """Records the run in its folder, and logs the references' statistics once, to every tracker of the host."""
+        if self.method_run is None:
             return []
         from poft_plugin.hosts.axolotl.callbacks import LogOnce
+        from poft_plugin.hosts.axolotl.record import RecordRun
 
-        return [LogOnce(trainer, self._statistics)]
+        return [RecordRun(cfg, self.method_run, trainer), LogOnce(trainer, self._statistics)]

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.utils.dict import DictDefault
+from datasets import Dataset
 from torch import Tensor, nn
 
 from poft_plugin.config import DeftConfig
 from poft_plugin.data.columns import ROW_INDEX
-from poft_plugin.hosts.axolotl.datasets import attach_columns
+from poft_plugin.hosts.axolotl.evaluation import evaluation_sets
 from poft_plugin.hosts.axolotl.run import MethodRun
 from poft_plugin.hosts.dropout import disable_dropout
 from poft_plugin.hosts.packed_attention import use_packed_attention
@@ -45,6 +46,7 @@ class MethodTrainer(AxolotlTrainer, SampleMeanTrainer):
             use_packed_attention(model)  # a model that is still on its way to a GPU keeps what was asked for
         if run.method.needs_start_policy:
             disable_dropout(model)
+        self._evaluation_sets: dict[str, Dataset] = {}
         super().__init__(*args, model=model, **kwargs)
         self.model_accepts_loss_kwargs = True  # the host looks at the model's own forward and takes it back
 
@@ -82,9 +84,11 @@ class MethodTrainer(AxolotlTrainer, SampleMeanTrainer):
         return sampler
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluates; a data set without the method's columns (`axolotl evaluate`) gets them from the score cache."""
+        """Evaluates; data sets without the method's columns (`axolotl evaluate`) give way to the training run's."""
         if eval_dataset is not None and ROW_INDEX not in eval_dataset.column_names:
-            eval_dataset = attach_columns(eval_dataset, self.method_run, self.cfg)
+            if not self._evaluation_sets:
+                self._evaluation_sets = evaluation_sets(self.cfg, self.method_run)
+            eval_dataset = self._evaluation_sets[kwargs["metric_key_prefix"]]
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     def _discrepancy(self) -> Tensor | None:
