@@ -82,7 +82,7 @@ def load_host_rows(cfg: DictDefault) -> tuple[HostRows, HostRows | None, int | N
     whole = HostRows.of(concatenate_datasets([meta.train_dataset, meta.eval_dataset]))
     aside = evaluation_rows(whole.rows.keys.to_pylist(), len(meta.eval_dataset))
     why = f"for evaluation (val_set_size: {cfg.val_set_size})"
-    return selected(whole, ~aside, why), selected(whole, aside, "for training"), meta.total_num_steps
+    return _selected(whole, ~aside, why), _selected(whole, aside, "for training"), meta.total_num_steps
 
 
 def prepare(
@@ -116,7 +116,7 @@ def prepare(
         check_linear_head(cfg)
     graded, others, whole = _graded(cfg, run, context)
     kept = _filtered(run, graded)
-    finished = [finished(kept, run, cfg, packed=bool(cfg.sample_packing)), *(finished(p, run, cfg) for p in others)]
+    finished = [_finished(kept, run, cfg, packed=bool(cfg.sample_packing)), *(_finished(p, run, cfg) for p in others)]
     if run.method.ranked:
         check_one_step(len(finished[0]), cfg, context)
     steps = None if purpose == "preprocess" else _count_steps(cfg, finished[0])
@@ -134,7 +134,7 @@ def _graded(cfg: DictDefault, run: MethodRun, context: RunContext) -> tuple[Host
     """Training rows and the other sets' rows with all columns on, and what the preprocessors made besides."""
     train, evaluation, _ = load_host_rows(cfg)
     if run.method.ranked and evaluation is not None:
-        train = selected(train, not_in_evaluation(train.rows, evaluation.rows), "that are evaluation rows")
+        train = _selected(train, not_in_evaluation(train.rows, evaluation.rows), "that are evaluation rows")
     parts = [train] if evaluation is None else [train, evaluation]
     unique = Rows(pa.concat_tables([part.rows.table for part in parts]), {}).unique()
     prepared = _run_preprocessors(run, unique, context)
@@ -143,20 +143,23 @@ def _graded(cfg: DictDefault, run: MethodRun, context: RunContext) -> tuple[Host
     return graded, joined[1:], _merged([prepared, whole])
 
 
-def joined(parts: Sequence[HostRows], unique: Rows, run: MethodRun, cfg: DictDefault) -> list[HostRows]:
-    """Sets of rows with the method's columns, from the score cache alone (`axolotl evaluate`).
+def with_columns(
+    parts: Mapping[str, tuple[HostRows, np.ndarray]], run: MethodRun, cfg: DictDefault
+) -> dict[str, Dataset]:
+    """Some rows of each set with the method's columns, from the score cache alone (`axolotl evaluate`).
 
     Args:
-        parts: sets of rows.
-        unique: each of their rows once.
+        parts: by name: a set of rows, and `(n,)` booleans that say which of them.
         run: the method.
         cfg: the host's config.
 
     Raises:
         ValueError: for a row without a cached score.
     """
+    kept = {name: _selected(part, keep, "that the run did not have") for name, (part, keep) in parts.items()}
+    unique = Rows(pa.concat_tables([part.rows.table for part in kept.values()]), {}).unique()
     prepared = _run_preprocessors(run, unique, run_context(cfg, "evaluate"))
-    return [_attach(part, unique, prepared) for part in parts]
+    return {name: _finished(_attach(part, unique, prepared), run, cfg) for name, part in kept.items()}
 
 
 def run_context(cfg: DictDefault, purpose: Purpose) -> RunContext:
@@ -193,27 +196,17 @@ def _attach(part: HostRows, unique: Rows, prepared: Prepared) -> HostRows:
     if not prepared.dropped:
         return joined
     keep = pc.invert(pc.is_in(part.rows.keys, value_set=pa.array(sorted(prepared.dropped)))).to_numpy()
-    return selected(joined, keep, "that a reference cannot read")
+    return _selected(joined, keep, "that a reference cannot read")
 
 
 def _filtered(run: MethodRun, part: HostRows) -> HostRows:
     for name, settings in run.filters:
         keep = registry().row_filters[name](part.rows, **settings)
-        part = selected(part, np.asarray(keep, dtype=bool), f"by the filter {name}")
+        part = _selected(part, np.asarray(keep, dtype=bool), f"by the filter {name}")
     return part
 
 
-def selected(part: HostRows, keep: np.ndarray, why: str) -> HostRows:
-    """Some of the rows.
-
-    Args:
-        part: the rows.
-        keep: `(n,)` booleans.
-        why: the others are left out, for messages.
-
-    Raises:
-        ValueError: if none is kept.
-    """
+def _selected(part: HostRows, keep: np.ndarray, why: str) -> HostRows:
     if not keep.all():
         LOG.info(f"{len(keep) - int(keep.sum()):,} of {len(keep):,} rows left out {why}")
     if not keep.any():
@@ -222,10 +215,10 @@ def selected(part: HostRows, keep: np.ndarray, why: str) -> HostRows:
     return HostRows(part.dataset.select(np.flatnonzero(keep)), Rows(part.rows.table.filter(pa.array(keep)), attached))
 
 
-def finished(part: HostRows, run: MethodRun, cfg: DictDefault, *, packed: bool = False) -> Dataset:
+def _finished(part: HostRows, run: MethodRun, cfg: DictDefault, *, packed: bool = False) -> Dataset:
     """The data set that the trainer gets: text columns off, the method's columns and a row index on."""
     if run.method.ranked:
-        part = selected(part, short_enough(part.rows, cfg), f"with a sequence over sequence_len {cfg.sequence_len}")
+        part = _selected(part, short_enough(part.rows, cfg), f"with a sequence over sequence_len {cfg.sequence_len}")
         dataset = laid_out(part.rows, list(part.rows.attached), share_prompts=packed and run.share_prompts)
         if packed:
             check_pack(part.rows, np.asarray(dataset["length"]), cfg)

@@ -13,8 +13,7 @@ from axolotl.utils.dict import DictDefault
 from datasets import Dataset
 
 from poft_plugin.data.columns import ROW_KEY
-from poft_plugin.data.preparation import Rows
-from poft_plugin.hosts.axolotl.datasets import HostRows, finished, joined, load_host_rows, selected
+from poft_plugin.hosts.axolotl.datasets import HostRows, load_host_rows, with_columns
 from poft_plugin.hosts.axolotl.record import FOLDER, RUN_FILE, RunRecord, compared_settings, read_record, read_rows
 from poft_plugin.hosts.axolotl.run import MethodRun
 
@@ -56,26 +55,24 @@ def evaluation_sets(cfg: DictDefault, run: MethodRun) -> dict[str, Dataset]:
     as_trained = DictDefault({**cfg, **start, "lora_model_dir": None, "total_num_tokens": None})
     rows = read_rows(Path(cfg.output_dir))
     train, evaluation, _ = load_host_rows(as_trained)
-    parts = {"train": _kept(train, rows, cfg, aside=False)}
+    parts = {"train": (train, _had(train, rows, cfg, aside=False))}
     if evaluation is not None:
-        parts["eval"] = _kept(evaluation, rows, cfg, aside=True)
-    unique = Rows(pa.concat_tables([part.rows.table for part in parts.values()]), {}).unique()
-    found = joined(list(parts.values()), unique, run, as_trained)
-    return {name: finished(part, run, as_trained) for name, part in zip(parts, found, strict=True)}
+        parts["eval"] = (evaluation, _had(evaluation, rows, cfg, aside=True))
+    return with_columns(parts, run, as_trained)
 
 
-def _kept(part: HostRows, recorded: pa.Table, cfg: DictDefault, *, aside: bool) -> HostRows:
+def _had(part: HostRows, recorded: pa.Table, cfg: DictDefault, *, aside: bool) -> np.ndarray:
+    """`(n,)`: the rows of a set that the run had in its own."""
     keys = recorded.filter(pc.equal(recorded["evaluation"], aside))[ROW_KEY]
     gone = pc.invert(pc.is_in(keys, value_set=part.rows.keys.combine_chunks())).to_numpy()
     if gone.any():
         what = "evaluated" if aside else "trained"
         raise ValueError(
-            f"axolotl evaluate: {int(gone.sum())} of {len(keys)} rows that were {what} on are not in the data any more, "
-            f"the first of key {keys[int(np.flatnonzero(gone)[0])]}. Restore `datasets:`, `test_datasets:` and "
+            f"axolotl evaluate: {int(gone.sum())} of {len(keys)} rows that were {what} on are not there any more, the "
+            f"first of key {keys[int(np.flatnonzero(gone)[0])]}. Restore `datasets:`, `test_datasets:` and "
             f"`val_set_size:` as they were, or train again into {cfg.output_dir}"
         )
-    keep = pc.is_in(part.rows.keys, value_set=keys.combine_chunks()).to_numpy()
-    return selected(part, keep, "that were not " + ("set aside" if aside else "trained on"))
+    return np.asarray(pc.is_in(part.rows.keys, value_set=keys.combine_chunks()).to_numpy())
 
 
 def _check_model(cfg: DictDefault, record: RunRecord, out: Path) -> None:
