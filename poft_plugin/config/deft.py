@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from poft_plugin.config.blocks import Block
+from poft_plugin.config.poft import MOST_BETA
 from poft_plugin.config.scoring import ScoringBlock
 
 DpoLossType = Literal["sigmoid", "hinge", "ipo", "robust"]
@@ -101,7 +102,7 @@ class DeftConfig(RankingConfig):
 class DpoKeys(Block):
     """The host's top-level keys that keep their meaning under `rl: deft_dpo`."""
 
-    rl_beta: float = Field(0.1, gt=0, description="DPO's beta (the host's default: 0.1).")
+    rl_beta: float = Field(0.1, gt=0, le=MOST_BETA, description="DPO's beta (the host's default: 0.1).")
     dpo_loss_type: tuple[DpoLossType, ...] = Field(
         ("sigmoid",), min_length=1, description="sigmoid | hinge | ipo | robust, or a list of them."
     )

@@ -9,6 +9,13 @@ from pydantic import Field, field_validator, model_validator
 from poft_plugin.config.blocks import Block
 from poft_plugin.config.scoring import ScoringBlock
 
+MOST_BETA = 1000.0
+"""At that, a difference of 0.04 nats per token is a sigmoid of 1 in float32: no row is weighed any more. Above, it is a
+slip of units or of the decimal point, and the gradient grows with it."""
+
+MOST_GAMMA = 100.0
+"""In float32, exp(-100) is 0: the coefficient is 0 or beta for every row, and a larger margin changes nothing."""
+
 
 class ReferenceConfig(Block):
     """One aligned reference LLM: a model that this project scores with, or a file of scores made elsewhere."""
@@ -67,8 +74,10 @@ class PoftConfig(ScoringBlock):
     references: tuple[ReferenceConfig, ...] = Field(
         description="One or more aligned LLMs whose mean reward the policy is asked to beat.", min_length=1
     )
-    beta: float = Field(1.0, gt=0, description="Scale of policy reward minus reference reward (paper: 1).")
-    gamma: float = Field(0.0, description="Margin in logits (paper: 0).")
+    beta: float = Field(
+        1.0, gt=0, le=MOST_BETA, description="Scale of policy reward minus reference reward (paper: 1)."
+    )
+    gamma: float = Field(0.0, ge=-MOST_GAMMA, le=MOST_GAMMA, description="Margin in logits (paper: 0).")
     include_end_of_turn: bool = Field(
         False, description="References' rewards count the end-of-turn token too, as the policy's always does."
     )

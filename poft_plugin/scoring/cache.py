@@ -116,9 +116,15 @@ class ScoreCache:
         return Lookup(np.array(rewards.to_numpy(), dtype=np.float64), np.array(tokens.to_numpy(), dtype=np.int32))
 
     def table(self, identity: Identity) -> pa.Table:
-        """All scores of one scorer."""
+        """All scores of one scorer that can be ones; damaged ones are named, and are as good as missing."""
         files = sorted((self.folder / identity.digest).glob("scores-*.parquet"))
-        return pa.concat_tables([_read(file) for file in files] or [SCHEMA.empty_table()])
+        tables = [_read(file) for file in files]
+        sound = [_sound(table, identity) for table in tables]
+        good = pa.concat_tables([table.filter(kept) for table, kept in zip(tables, sound, strict=True)] or [_NOTHING])
+        for file, table, kept in zip(files, tables, sound, strict=True):
+            damaged = table.filter(pc.invert(kept))
+            _name_damage(file, damaged.filter(pc.invert(pc.is_in(damaged["row_key"], value_set=good["row_key"]))))
+        return good
 
     def write(self, identity: Identity, scores: Sequence[Score]) -> None:
         """Adds scores in one new file."""
@@ -170,6 +176,33 @@ def atomic_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+_NOTHING = SCHEMA.empty_table()
+
+
+def _sound(table: pa.Table, identity: Identity) -> pa.ChunkedArray:
+    """Which lines are scores: finite, not above the scorer's bound, over a token or more; or notes of a long row."""
+    rewards, tokens = table["reward"], pc.fill_null(table["num_tokens"], 0)
+    scored = pc.and_(pc.is_finite(rewards), pc.and_(pc.less_equal(rewards, identity.bound), pc.greater(tokens, 0)))
+    long = pc.and_(pc.is_nan(rewards), pc.less(tokens, 0))
+    return pc.and_(pc.fill_null(pc.or_(scored, long), False), pc.is_valid(table["row_key"]))
+
+
+_NAMED: set[tuple[str, int]] = set()
+"""What was said already: a process that waits for others looks every second."""
+
+
+def _name_damage(file: Path, damaged: pa.Table) -> None:
+    if not damaged.num_rows or (str(file), damaged.num_rows) in _NAMED:
+        return
+    _NAMED.add((str(file), damaged.num_rows))
+    first = damaged.slice(0, 1).to_pylist()[0]
+    print(
+        f"{file}: {damaged.num_rows} lines cannot be scores, the first of row key {first['row_key']}: reward "
+        f"{first['reward']}, num_tokens {first['num_tokens']}. The file is damaged; these rows count as not scored",
+        flush=True,
+    )
 
 
 def _read(file: Path) -> pa.Table:

@@ -49,12 +49,13 @@ class CausalLMScorer(PretrainedScorer):
     @cached_property
     def identity(self) -> Identity:
         """What its scores depend on."""
-        return self._identity(
+        identity = self._identity(
             CONTRACT,
             quantization=self.settings.quantization,
             truncated_to=self.context_length if self.settings.on_long_row == "truncate" else None,
             include_end_of_turn=self.include_end_of_turn,
         )
+        return replace(identity, highest=0.0)
 
     def check(self) -> None:
         """Opens tokenizer, config and template, without weights.

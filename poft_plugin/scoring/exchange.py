@@ -14,10 +14,9 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel
 
 from poft_plugin.scoring.cache import SCHEMA, Lookup, ScoreCache, atomic_file
-from poft_plugin.scoring.scorer import Identity
+from poft_plugin.scoring.scorer import ROUNDING, Identity
 
 METADATA = b"poft_plugin"
-ROUNDING = 1e-6
 EXPORTED = pa.schema(
     [("row_key", pa.string()), ("model", pa.string()), ("reward", pa.float64()), ("num_tokens", pa.int32())]
 )
@@ -104,7 +103,7 @@ def import_scores(
                 f"{foreign[0]}. `axolotl poft export --rows` lists the right ones"
             )
     for model, scores in by_model.items():
-        _store(model, scores, cache)
+        _store(model, scores, cache, highest=0.0 if log_probabilities else None)
     return {model: scores.table.num_rows for model, scores in by_model.items()}
 
 
@@ -113,7 +112,7 @@ def imported_scores(cache: ScoreCache, source: str) -> ImportedScores | None:
     note = cache.read_note("imports").get(source)
     if note is None:
         return None
-    stored = Identity(note["identity"])
+    stored = Identity(note["identity"], note.get("highest"))  # older notes have no bound
     return ImportedScores(_unique(cache.table(stored), str(cache.folder)), None if note["anonymous"] else stored)
 
 
@@ -247,10 +246,10 @@ def _unique(table: pa.Table, where: str) -> pa.Table:
     return unique
 
 
-def _store(model: str, scores: ImportedScores, cache: ScoreCache) -> None:
+def _store(model: str, scores: ImportedScores, cache: ScoreCache, *, highest: float | None) -> None:
     """Takes scores in. A file that does not say whose they are replaces what such a file said of its rows before."""
     if scores.identity is not None:
-        identity, fresh = scores.identity, scores.table
+        identity, fresh = Identity(scores.identity.fields, highest), scores.table
         known = cache.table(identity)["row_key"]
         fresh = fresh.filter(pc.invert(pc.is_in(fresh["row_key"], value_set=known)))
     else:
@@ -260,10 +259,10 @@ def _store(model: str, scores: ImportedScores, cache: ScoreCache) -> None:
             kept = before.table.filter(pc.invert(pc.is_in(before.table["row_key"], value_set=fresh["row_key"])))
             fresh = pa.concat_tables([fresh, kept])
         content = hashlib.sha256(repr(fresh.sort_by("row_key").to_pydict()).encode()).hexdigest()
-        identity = Identity({"imported": model, "content": content})
+        identity = Identity({"imported": model, "content": content}, highest)
         known = cache.table(identity)["row_key"]
         fresh = fresh.filter(pc.invert(pc.is_in(fresh["row_key"], value_set=known)))
     if fresh.num_rows:
         cache.write_table(identity, fresh)
-    note = {"identity": dict(identity.fields), "anonymous": scores.identity is None}
+    note = {"identity": dict(identity.fields), "anonymous": scores.identity is None, "highest": highest}
     cache.update_note("imports", {model: note})

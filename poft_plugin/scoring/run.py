@@ -116,7 +116,8 @@ def score_prepared(
             `default_batch_tokens`.
 
     Raises:
-        ValueError: for a reward that is not finite, naming the row; what was scored before stays in the cache.
+        ValueError: for a reward that is not finite, or above what the scorer can give, naming the row; what was scored
+            before stays in the cache.
     """
     if not prepared:
         return
@@ -127,7 +128,7 @@ def score_prepared(
         with progress(total=len(prepared), description=f"{scorer.name}: scores") as bar:
             for batch in batches_for(scorer, prepared, batch_tokens or default_batch_tokens(device)):
                 scores = scorer.score(batch)
-                _check_finite(scorer, scores, rows)
+                _check_possible(scorer, scores, rows)
                 done += scores
                 bar.update(len(batch))
                 if time.monotonic() - flushed > FLUSH_SECONDS:
@@ -261,10 +262,15 @@ def batches(
         yield batch
 
 
-def _check_finite(scorer: Scorer, scores: Sequence[Score], rows: Rows) -> None:
+def _check_possible(scorer: Scorer, scores: Sequence[Score], rows: Rows) -> None:
     for score in scores:
         if not np.isfinite(score.reward):
             raise ValueError(
                 f"{rows.where_key(score.key)}: {scorer.kind} {scorer.name!r} gives the reward {score.reward}; its "
                 "weights or dtype overflow. Try `dtype: bfloat16` or `float32` for it"
+            )
+        if score.reward > scorer.identity.bound:
+            raise ValueError(
+                f"{rows.where_key(score.key)}: {scorer.kind} {scorer.name!r} gives the reward {score.reward}, above "
+                f"{scorer.identity.highest:g}, which no log-probability is. Try `dtype: float32` for it"
             )

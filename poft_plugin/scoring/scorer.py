@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,15 +16,27 @@ if TYPE_CHECKING:
     from poft_plugin.scoring.checkpoints import Checkpoint
 
 
+ROUNDING = 1e-6
+"""How far above its bound a score may lie."""
+
+
 @dataclass(frozen=True)
 class Identity:
     """Everything that a score depends on, and nothing else (no batch size, ranks, run names or folders).
 
     Args:
         fields: JSON-able settings, with `auto` and null already resolved.
+        highest: no score can be above it (0 for a log-probability); None where any number is possible. Part of no
+            address: it follows from the rest.
     """
 
     fields: Mapping[str, Any]
+    highest: float | None = None
+
+    @property
+    def bound(self) -> float:
+        """`highest`, with room for rounding."""
+        return math.inf if self.highest is None else self.highest + ROUNDING
 
     def dumps(self) -> str:
         """Canonical JSON."""

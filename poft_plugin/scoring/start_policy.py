@@ -70,7 +70,8 @@ class StartPolicyScorer(CausalLMScorer):
                 **self.checkpoint.identity,
                 "dtype": str(self.dtype).removeprefix("torch."),
                 "quantization": self.quantization,
-            }
+            },
+            highest=0.0,
         )
 
     @property

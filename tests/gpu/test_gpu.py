@@ -165,7 +165,8 @@ def test_scores_do_not_depend_on_the_batch(policy: Path, tmp_path: Path, attenti
         scorer = support.scorer(policy, cache, **settings)
         prepared = [scorer.prepare(key, conversation, key) for key, conversation in rows]
         scorer.load(device)
-        found = {one.key: one.reward for batch in batches_for(scorer, prepared, batch_tokens) for one in scorer.score(batch)}
+        batches = batches_for(scorer, prepared, batch_tokens)
+        found = {one.key: one.reward for batch in batches for one in scorer.score(batch)}
         scorer.unload()
         return found
 

@@ -17,6 +17,7 @@ from datasets import Dataset, concatenate_datasets
 from poft_plugin.config import DeftConfig
 from poft_plugin.data.columns import CONVERSATION, DROPPABLE, GROUP, LEFT_OUT, ROW_INDEX, ROW_KEY, ROW_NUMBER, SOURCE
 from poft_plugin.data.preparation import Columns, Prepared, Purpose, Rows, RunContext
+from poft_plugin.data.split import evaluation_rows
 from poft_plugin.hosts.axolotl.checks import check_packing, check_share_prompt
 from poft_plugin.hosts.axolotl.entries import SUPPORTED_TYPES
 from poft_plugin.hosts.axolotl.left_out import nothing_left, set_name
@@ -85,12 +86,22 @@ class HostRows:
 
 
 def load_host_rows(cfg: DictDefault) -> tuple[HostRows, HostRows | None, int | None]:
-    """Training and evaluation rows as the host prepares them, and its own step count."""
+    """Training and evaluation rows as the host prepares them, and its own step count.
+
+    `val_set_size` rows are set aside by their keys: the host takes the last ones of its own shuffle.
+
+    Raises:
+        ValueError: as `HostRows.of`, or if no row is left to train on.
+    """
     meta = load_host_datasets(cfg=cfg)
-    evaluation = None
-    if meta.eval_dataset is not None:
-        evaluation = HostRows.of(meta.eval_dataset, set_name(cfg, evaluation=True))
-    return HostRows.of(meta.train_dataset, set_name(cfg, evaluation=False)), evaluation, meta.total_num_steps
+    trained, evaluated = (set_name(cfg, evaluation=evaluation) for evaluation in (False, True))
+    if meta.eval_dataset is None or cfg.test_datasets:
+        evaluation = None if meta.eval_dataset is None else HostRows.of(meta.eval_dataset, evaluated)
+        return HostRows.of(meta.train_dataset, trained), evaluation, meta.total_num_steps
+    whole = HostRows.of(concatenate_datasets([meta.train_dataset, meta.eval_dataset]), trained)
+    aside = evaluation_rows(whole.rows.keys.to_pylist(), len(meta.eval_dataset))
+    train = _selected(whole, ~aside, f"for evaluation (val_set_size: {cfg.val_set_size})")
+    return train, replace(whole.select(aside), name=evaluated), meta.total_num_steps
 
 
 def unique_rows(train: HostRows | None, evaluation: HostRows | None) -> Rows:
@@ -165,12 +176,23 @@ def _graded(cfg: DictDefault, run: MethodRun, context: RunContext) -> tuple[Host
     return graded, joined[1:], _merged([prepared, whole])
 
 
-def attach_columns(dataset: Dataset, run: MethodRun, cfg: DictDefault) -> Dataset:
-    """Attaches the method's columns to a prepared data set that came without them (`axolotl evaluate`)."""
-    part = HostRows.of(dataset, set_name(cfg, evaluation=True))
-    unique = unique_rows(None, part)
+def with_columns(
+    parts: Mapping[str, tuple[HostRows, np.ndarray]], run: MethodRun, cfg: DictDefault
+) -> dict[str, Dataset]:
+    """Some rows of each set with the method's columns, from the score cache alone (`axolotl evaluate`).
+
+    Args:
+        parts: by name: a set of rows, and `(n,)` booleans that say which of them.
+        run: the method.
+        cfg: the host's config.
+
+    Raises:
+        ValueError: for a row without a cached score.
+    """
+    kept = {name: _selected(part, keep, "that the run did not have") for name, (part, keep) in parts.items()}
+    unique = unique_rows(kept.get("train"), kept.get("eval"))
     prepared = _run_preprocessors(run, unique, run_context(cfg, "evaluate"))
-    return _finished(_attach(part, unique, prepared), run, cfg)
+    return {name: _finished(_attach(part, unique, prepared), run, cfg) for name, part in kept.items()}
 
 
 def run_context(cfg: DictDefault, purpose: Purpose) -> RunContext:
@@ -239,7 +261,7 @@ def _finished(part: HostRows, run: MethodRun, cfg: DictDefault, *, packed: bool 
         return dataset
     columns: dict[str, Sequence[float] | np.ndarray] = dict(part.rows.attached)
     columns[ROW_INDEX] = np.arange(len(part.rows))
-    texts = [name for name in TEXT_COLUMNS if name in part.dataset.column_names]
+    texts = [name for name in (CONVERSATION, GROUP) if name in part.dataset.column_names]
     return concatenate_datasets([part.dataset.remove_columns(texts), Dataset.from_dict(columns)], axis=1)
 
 

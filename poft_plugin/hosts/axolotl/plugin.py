@@ -30,6 +30,10 @@ if axolotl.__version__ not in TESTED_VERSIONS:
     )
 
 
+DEFAULT_SEED = 42
+"""What transformers' trainer takes where none is set."""
+
+
 class PoftPlugin(BasePlugin):  # type: ignore[misc]
     """Adds the rl types of the method table to Axolotl. Every hook does nothing where `rl:` is not one of them."""
 
@@ -39,16 +43,20 @@ class PoftPlugin(BasePlugin):  # type: ignore[misc]
         self.method_run: MethodRun | None = None
         self._statistics: Mapping[str, float] = {}
         self._tensors: Mapping[str, np.ndarray] = {}
+        self._prepared = False
 
     @one_message()
     def register(self, cfg: DictDefault) -> None:
         """Validates our blocks, takes `rl` off the raw config, rewrites its dataset entries."""
         self.method_run = take_over(cfg)
-        self._statistics, self._tensors = {}, {}
+        self._statistics, self._tensors, self._prepared = {}, {}, False
         if self.method_run is None:
             if NAME in (cfg.get("plugins") or []):  # the host may load it unasked, too
                 LOG.warning(f"poft_plugin does nothing in this run: {nothing_asked(cfg)}")
         else:
+            if cfg.get("seed") is None:
+                cfg["seed"] = DEFAULT_SEED
+                LOG.info(f"seed: {DEFAULT_SEED} (not set: the host would shuffle, and shard, anew in every process)")
             method = self.method_run.method
             keys = "" if self.method_run.keys is None else f"; {self.method_run.keys!r}"
             LOG.info(f"rl: {method.name} ({method.paper}); {method.block}: {self.method_run.settings!r}{keys}")
@@ -72,7 +80,20 @@ class PoftPlugin(BasePlugin):  # type: ignore[misc]
         check_policy_weights(cfg, train=not preprocess)
         purpose = "preprocess" if preprocess else "train"
         meta, self._statistics, self._tensors = prepare(cfg, run, purpose)
+        self._prepared = True
         return meta
+
+    @one_message()
+    def pre_model_load(self, cfg: DictDefault) -> None:
+        """`axolotl evaluate` is told what it may evaluate before the model is loaded.
+
+        It is known by this: the host has read data and counted their tokens, and did not ask us for them.
+        """
+        run = self._run(cfg)
+        if run is not None and not self._prepared and cfg.total_num_tokens:
+            from poft_plugin.hosts.axolotl.evaluation import check_evaluation
+
+            check_evaluation(cfg, run)
 
     @one_message()
     def get_training_args(self, cfg: DictDefault) -> dict[str, Any] | None:
@@ -109,12 +130,14 @@ class PoftPlugin(BasePlugin):  # type: ignore[misc]
         return trainer_class(run, cfg, self._tensors)
 
     def add_callbacks_post_trainer(self, cfg: DictDefault, trainer: Any) -> list[Any]:
-        """Logs the references' statistics once, to every tracker that the host runs."""
-        if self._run(cfg) is None or not self._statistics:
+        """Records the run in its folder, and logs the references' statistics once, to every tracker of the host."""
+        run = self._run(cfg)
+        if run is None:
             return []
         from poft_plugin.hosts.axolotl.callbacks import LogOnce
+        from poft_plugin.hosts.axolotl.record import RecordRun
 
-        return [LogOnce(trainer, self._statistics)]
+        return [RecordRun(cfg, run, trainer), LogOnce(trainer, self._statistics)]
 
     def _run(self, cfg: DictDefault) -> MethodRun | None:
         """The run that a config asks for: after ours, the host asks this plugin about later configs in the process."""
