@@ -67,8 +67,10 @@ class PoftConfig(Block):
     )
     beta: float = Field(1.0, gt=0, description="Scale of policy reward minus reference reward (paper: 1).")
     gamma: float = Field(0.0, description="Margin in logits (paper: 0).")
-    include_end_of_turn: bool = Field(
-        False, description="References' rewards count the end-of-turn token too, as the policy's always does."
+    include_end_of_turn: Literal["auto", True, False] = Field(
+        "auto",
+        description="References' rewards count their own end-of-turn token: where the policy's labels hold one | "
+        "always (true) | never (false).",
     )
     keep_top_percent: float = Field(
         100.0, gt=0, le=100, description="Share of training rows kept, by preference score (Fig. 4), in percent."

@@ -2,6 +2,8 @@
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -129,6 +131,20 @@ class PretrainedScorer(ABC):
     def render(self, conversation: Conversation, where: str) -> Rendered:
         """One row as this model sees it."""
         return self.renderer(conversation, where)
+
+    def skipped_remark(self, prepared: Sequence[PreparedRow]) -> str | None:
+        """A warning where its template leaves out turns of the prompt: the model judges what it has not read."""
+        roles = Counter(role for row in prepared for role in row.skipped)
+        if not roles:
+            return None
+        left_out = ", ".join(
+            f"turns of role {role!r} in {count:,} of {len(prepared):,} rows" for role, count in roles.items()
+        )
+        merge = "`system_turns: merge` or " if "system" in roles else ""
+        return (
+            f"WARNING: {self.title}: its chat template leaves out {left_out}: it scores answers without having read "
+            f"them. Set {merge}another `chat_template:` for it, or remove such rows"
+        )
 
     def num_parameters(self) -> tuple[int, int]:
         """Parameters of the model, and of its head, from the config alone."""

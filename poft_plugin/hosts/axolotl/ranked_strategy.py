@@ -29,7 +29,7 @@ from poft_plugin.data.ranked import RankedSample
 from poft_plugin.data.rows import RowError, raise_row_errors
 from poft_plugin.hosts.axolotl.entries import Entry
 from poft_plugin.hosts.axolotl.ranked_rows import ranked_reader
-from poft_plugin.losses.logps import IGNORED
+from poft_plugin.hosts.axolotl.trained_text import TrainedText
 
 LONG = 1 << 30
 """The host's strategy would cut a response at `sequence_len`; rows are judged by their length later, and here."""
@@ -140,11 +140,9 @@ class RankedStrategy(DatasetWrappingStrategy):
         turns = sample.conversation(index)
         messages = [{"role": t.role, "content": t.content, "training": t.counted} for t in turns]
         tokens = self.strategy.tokenize_prompt({"messages": messages})
-        if not any(label != IGNORED for label in tokens["labels"][1:]):
-            raise RowError(
-                f"{where}: the policy's chat template hides response {index}, which is to be trained on. Check "
-                "`chat_template` against the data"
-            )
+        TrainedText(self.tokenizer, tuple(self.cfg.eot_tokens or ())).check(
+            turns, tokens["labels"], f"{where} response {index}"
+        )
         return list(tokens["input_ids"]), list(tokens["labels"])
 
     def _without_unusable(self, rows: Dataset) -> Dataset:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 from axolotl.prompt_tokenizers import DatasetWrappingStrategy, PromptTokenizingStrategy
 from axolotl.utils.data.wrappers import get_dataset_wrapper
 from axolotl.utils.dict import DictDefault
@@ -21,14 +19,13 @@ from poft_plugin.data.rows import (
     Conversation,
     RowError,
     dump_conversation,
-    load_conversation,
     raise_row_errors,
     row_key,
 )
 from poft_plugin.hosts.axolotl.conversations import Reader, conversation_reader
 from poft_plugin.hosts.axolotl.entries import ENTRIES, SALT_FIELD, SUPPORTED_TYPES, Entry
 from poft_plugin.hosts.axolotl.ranked_strategy import RankedStrategy
-from poft_plugin.losses.logps import IGNORED
+from poft_plugin.hosts.axolotl.trained_text import TrainedText, with_ends
 
 
 def load(tokenizer: Any, cfg: DictDefault, ds_cfg: Mapping[str, Any]) -> DatasetWrappingStrategy:
@@ -87,11 +84,22 @@ class MethodStrategy(DatasetWrappingStrategy):
         tokens = self._host_rows(dataset)
         if len(tokens) != len(rows):
             raise ValueError(f"{label}: its `type` drops rows while tokenizing; such a type is not supported")
-        _check_labels(tokens, rows, label)
+        rows, errors = with_ends(
+            tokens, rows, self._trained_text(), label=label, longest=self._longest, process_count=process_count
+        )
+        raise_row_errors([error for error in errors if error], len(rows))
         if self.cfg.dataset_exact_deduplication:
             run = tuple(entry[SALT_FIELD] for entry in self.cfg.datasets)
             rows = _named_alike(rows, _FIRST_ROWS.setdefault(run, {}))
         return concatenate_datasets([tokens, rows], axis=1)
+
+    def _trained_text(self) -> TrainedText:
+        return TrainedText(self.tokenizer, tuple(self.cfg.eot_tokens or ()))
+
+    @property
+    def _longest(self) -> int:
+        """Tokens of the longest row that the host keeps."""
+        return int(max(self.cfg.sequence_len, self.cfg.eval_sequence_len or 0))
 
     def _strategy(self, dataset: Dataset) -> PromptTokenizingStrategy:
         wrapped = self._host_rows(_Unmapped(dataset.data))
@@ -181,27 +189,3 @@ def _named_alike(rows: Dataset, first: dict[str, dict[str, Any]]) -> Dataset:
         for row in rows.select_columns([ROW_KEY, *names])
     ]
     return concatenate_datasets([rows.remove_columns(names), Dataset.from_list(named)], axis=1)
-
-
-def _check_labels(tokens: Dataset, rows: Dataset, label: str) -> None:
-    """Every turn that counts must be trained on by the policy: the host leaves out a turn that it cannot locate."""
-    turns = np.array([sum(turn.counted for turn in load_conversation(text)) for text in rows[CONVERSATION]])
-    short = np.flatnonzero(_label_spans(tokens) < turns)
-    if len(short):
-        raise RowError(
-            f"{label} row {int(short[0])}: the policy's chat template hides an assistant turn that is to be trained on "
-            f"({len(short)} such rows). Check `chat_template` against the data"
-        )
-
-
-def _label_spans(tokens: Dataset) -> np.ndarray:
-    """`(n,)`: runs of trained tokens in each row, not counting a row's first token, which nothing predicts."""
-    counts = []
-    for batch in tokens.select_columns(["labels"]).with_format("arrow").iter(batch_size=4096):
-        for column in pa.chunked_array(batch["labels"]).chunks:
-            trained = np.asarray(column.flatten()) != IGNORED
-            offsets = np.asarray(column.offsets) - column.offsets[0].as_py()
-            trained[offsets[:-1][offsets[:-1] < len(trained)]] = False
-            sums = np.concatenate([[0], np.cumsum(trained & ~np.concatenate([[False], trained[:-1]]))])
-            counts.append(sums[offsets[1:]] - sums[offsets[:-1]])
-    return np.concatenate(counts)
