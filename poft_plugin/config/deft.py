@@ -18,7 +18,9 @@ class RewardModelConfig(Block):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Weights' dtype; `auto`: as the checkpoint says."
     )
-    chat_template: str | None = Field(None, description="null: the tokenizer's own; or a file, or Jinja text.")
+    chat_template: str | None = Field(
+        None, description="null: the tokenizer's own; a file, Jinja text, or a template name of the host's."
+    )
     system_turns: Literal["keep", "merge", "drop"] = Field(
         "keep", description="keep | merge (into the first user turn) | drop: some templates refuse system turns."
     )

@@ -27,7 +27,9 @@ class ReferenceConfig(Block):
         None, description="transformers' attention implementation; null: its own choice."
     )
     devices: int = Field(1, ge=1, description="GPUs per copy (device_map), for references larger than one.")
-    chat_template: str | None = Field(None, description="null: the tokenizer's own; or a file, or Jinja text.")
+    chat_template: str | None = Field(
+        None, description="null: the tokenizer's own; a file, Jinja text, or a template name of the host's."
+    )
     system_turns: Literal["keep", "merge", "drop"] = Field(
         "keep", description="keep | merge (into the first user turn) | drop: some templates refuse system turns."
     )

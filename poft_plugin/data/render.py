@@ -212,7 +212,7 @@ class Renderer:
 
 
 def apply_system_turns(conversation: Conversation, mode: SystemTurns) -> Conversation:
-    r"""Keeps, merges or drops system turns.
+    r"""Keeps, merges or drops system turns. A blank one is none.
 
     Args:
         conversation: the row.
@@ -222,7 +222,10 @@ def apply_system_turns(conversation: Conversation, mode: SystemTurns) -> Convers
         >>> turns = (Turn("system", "Be kind."), Turn("user", "hi"))
         >>> apply_system_turns(turns, "merge")[0].content
         'Be kind.\n\nhi'
+        >>> apply_system_turns((Turn("system", " "), Turn("user", "hi")), "keep")[0].content
+        'hi'
     """
+    conversation = tuple(turn for turn in conversation if turn.role != "system" or turn.content.strip())
     system = [turn.content for turn in conversation if turn.role == "system"]
     if mode == "keep" or not system:
         return conversation

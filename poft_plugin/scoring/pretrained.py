@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from poft_plugin.config import ReferenceConfig, RewardModelConfig
 from poft_plugin.data.preparation import Rows
 from poft_plugin.data.render import Rendered, Renderer
 from poft_plugin.data.rows import Conversation
+from poft_plugin.scoring.chat_templates import own_template, resolve_template
 from poft_plugin.scoring.checkpoints import Checkpoint
 from poft_plugin.scoring.scorer import Identity, PreparedRow
 
@@ -81,18 +81,10 @@ class PretrainedScorer(ABC):
         """The template's Jinja text.
 
         Raises:
-            ValueError: if neither the config nor the tokenizer has one.
+            ValueError: if neither the config nor the tokenizer has one, or the config's is not known.
         """
-        given = self.settings.chat_template
-        if given is not None:
-            is_file = len(given) < 4096 and "{" not in given
-            if is_file and not Path(given).is_file():
-                raise ValueError(f"{self.title}: chat_template {given!r}: no such file, and not Jinja text")
-            return Path(given).read_text() if is_file else given
-        template = self.tokenizer.chat_template
-        if isinstance(template, dict):
-            template = template.get("default")
-        return str(template) if template else self._default_template()
+        template = resolve_template(self.settings.chat_template, own_template(self.tokenizer), self.title)
+        return template or self._default_template()
 
     @cached_property
     def renderer(self) -> Renderer:

@@ -18,7 +18,7 @@ from poft_plugin.methods import Method
 
 STRATEGY = "poft_plugin.hosts.axolotl.strategy"
 SALT_FIELD = "input_format"
-CONTRACT = 1
+CONTRACT = 2
 
 FAMILIES = ("chat_template", "alpaca", "alpaca_chat", "alpaca_instruct", "alpaca_w_system", "gpteacher", "oasst")
 FAMILIES += ("jeopardy", "explainchoice", "concisechoice", "summarizetldr", "input_output")

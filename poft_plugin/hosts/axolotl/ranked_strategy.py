@@ -27,6 +27,7 @@ from poft_plugin.data.columns import (
 )
 from poft_plugin.data.ranked import RankedSample
 from poft_plugin.data.rows import RowError, raise_row_errors
+from poft_plugin.hosts.axolotl.chat_templates import with_fixed_date
 from poft_plugin.hosts.axolotl.entries import Entry
 from poft_plugin.hosts.axolotl.ranked_rows import ranked_reader
 from poft_plugin.hosts.axolotl.trained_text import TrainedText
@@ -84,7 +85,8 @@ class RankedStrategy(DatasetWrappingStrategy):
         raw = self.entry.raw
         given = {key: raw[key] for key in ("chat_template", "chat_template_jinja", "train_on_eos") if raw.get(key)}
         settings = {"message_field_training": "training", "roles_to_train": [], "train_on_eos": "turn", **given}
-        return load_chat_template(self.tokenizer, DictDefault({**self.cfg, "sequence_len": LONG}), settings)
+        cfg = with_fixed_date(DictDefault({**self.cfg, "sequence_len": LONG}))
+        return load_chat_template(self.tokenizer, cfg, settings)
 
     def _read(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
         where, kind = f"{self.entry.label} row {index}", str(self.entry.raw["type"])

@@ -8,6 +8,7 @@ from pydantic import BaseModel
 
 from poft_plugin.config import DeftConfig, RankingConfig, RowFilterConfig, parse_block, settings_model
 from poft_plugin.hosts.axolotl.args import TAKEN_KEYS, TAKEN_OVER
+from poft_plugin.hosts.axolotl.chat_templates import name_host_templates
 from poft_plugin.hosts.axolotl.checks import check_settings
 from poft_plugin.hosts.axolotl.entries import take_over_entries
 from poft_plugin.methods import Method
@@ -93,6 +94,7 @@ def take_over(cfg: Any) -> MethodRun | None:
     if base is not None and base.block != method.block:
         base_settings = _settings(cfg, base)
     filters = _filters(cfg, settings)
+    name_host_templates()
     cfg.pop("rl", None)
     cfg[TAKEN_OVER] = method.name
     if cfg.get("sample_packing") and cfg.get("eval_sample_packing") is None:

@@ -22,6 +22,7 @@ from poft_plugin.data.rows import (
     raise_row_errors,
     row_key,
 )
+from poft_plugin.hosts.axolotl.chat_templates import with_fixed_date
 from poft_plugin.hosts.axolotl.conversations import Reader, conversation_reader
 from poft_plugin.hosts.axolotl.entries import ENTRIES, SALT_FIELD, SUPPORTED_TYPES, Entry
 from poft_plugin.hosts.axolotl.ranked_strategy import RankedStrategy
@@ -117,7 +118,7 @@ class MethodStrategy(DatasetWrappingStrategy):
         wrapped, _prompter = get_dataset_wrapper(
             dataset_config=self.ds_cfg,
             tokenizer=self.tokenizer,
-            cfg=self.cfg,
+            cfg=with_fixed_date(self.cfg),
             dataset_base_type=base,
             dataset=dataset,
             dataset_prompt_style=style or None,
