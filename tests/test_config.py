@@ -22,7 +22,7 @@ def test_defaults_are_the_papers_form() -> None:
     assert poft().model_dump(exclude={"references"}) == {
         "beta": 1.0,
         "gamma": 0.0,
-        "include_end_of_turn": False,
+        "include_end_of_turn": "auto",
         "keep_top_percent": 100.0,
         "keep_within": "none",
         "missing_scores": "score",
@@ -92,7 +92,10 @@ def test_a_number_that_yaml_reads_as_text_is_a_number() -> None:
         ({"beta": float("inf")}, r"poft\.beta: .*finite number \(given: inf\)"),
         ({"beta": "much"}, r"poft\.beta: .*valid number.* \(given: 'much'\)"),
         ({"gamma": float("nan")}, r"poft\.gamma: .*finite number \(given: nan\)"),
-        ({"include_end_of_turn": "perhaps"}, r"poft\.include_end_of_turn: .*valid boolean.* \(given: 'perhaps'\)"),
+        (
+            {"include_end_of_turn": "perhaps"},
+            r"poft\.include_end_of_turn: .*'auto', True or False \(given: 'perhaps'\)",
+        ),
         ({"keep_top_percent": 0}, r"poft\.keep_top_percent: .*greater than 0 \(given: 0\)"),
         ({"keep_top_percent": 101}, r"poft\.keep_top_percent: .*less than or equal to 100 \(given: 101\)"),
         ({"keep_within": 3}, r"poft\.keep_within: .*valid string \(given: 3\)"),

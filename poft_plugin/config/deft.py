@@ -23,7 +23,9 @@ class RewardModelConfig(Block):
     attn_implementation: str | None = Field(
         None, description="transformers' attention implementation; null: its own choice, or `eager` for a soft-cap."
     )
-    chat_template: str | None = Field(None, description="null: the tokenizer's own; or a file, or Jinja text.")
+    chat_template: str | None = Field(
+        None, description="null: the tokenizer's own; a file, Jinja text, or a template name of the host's."
+    )
     system_turns: Literal["keep", "merge", "drop"] = Field(
         "keep", description="keep | merge (into the first user turn) | drop: some templates refuse system turns."
     )

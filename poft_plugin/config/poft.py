@@ -36,7 +36,9 @@ class ReferenceConfig(Block):
         None, description="transformers' attention implementation; null: its own choice, or `eager` for a soft-cap."
     )
     devices: int = Field(1, ge=1, description="GPUs per copy (device_map), for references larger than one.")
-    chat_template: str | None = Field(None, description="null: the tokenizer's own; or a file, or Jinja text.")
+    chat_template: str | None = Field(
+        None, description="null: the tokenizer's own; a file, Jinja text, or a template name of the host's."
+    )
     system_turns: Literal["keep", "merge", "drop"] = Field(
         "keep", description="keep | merge (into the first user turn) | drop: some templates refuse system turns."
     )
@@ -78,8 +80,10 @@ class PoftConfig(ScoringBlock):
         1.0, gt=0, le=MOST_BETA, description="Scale of policy reward minus reference reward (paper: 1)."
     )
     gamma: float = Field(0.0, ge=-MOST_GAMMA, le=MOST_GAMMA, description="Margin in logits (paper: 0).")
-    include_end_of_turn: bool = Field(
-        False, description="References' rewards count the end-of-turn token too, as the policy's always does."
+    include_end_of_turn: Literal["auto", True, False] = Field(
+        "auto",
+        description="References' rewards count their own end-of-turn token: where the policy's labels hold one | "
+        "always (true) | never (false).",
     )
     keep_top_percent: float = Field(
         100.0, gt=0, le=100, description="Share of training rows kept, by preference score (Fig. 4), in percent."

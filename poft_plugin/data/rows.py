@@ -31,18 +31,21 @@ class Turn:
         role: `system`, `user`, `assistant` or another role that a chat template knows.
         content: the text, exactly as in the data.
         counted: whether its tokens are part of the response (whole assistant turns only).
+        ends: of a counted turn, how many tokens that end it the policy is trained on (1 where its template has one
+            and the labels hold it).
     """
 
     role: str
     content: str
     counted: bool = False
+    ends: int = 0
 
 
 Conversation = tuple[Turn, ...]
 
 
 def row_key(conversation: Sequence[Turn]) -> str:
-    """Content hash of what is scored: roles, texts and which turns count. Never a position, never a file name.
+    """Content hash of what is scored: roles, texts, which turns count, and where their ends do. Never a position.
 
     Args:
         conversation: the turns in order.
@@ -61,14 +64,19 @@ def row_key(conversation: Sequence[Turn]) -> str:
 
 
 def dump_conversation(conversation: Iterable[Turn]) -> str:
-    """The JSON text `[[role, content, counted], ...]` that rows travel in."""
-    turns = [[turn.role, turn.content, turn.counted] for turn in conversation]
+    """The JSON text `[[role, content, counted], ...]` that rows travel in; `ends` follows where it is not 0.
+
+    Examples:
+        >>> dump_conversation([Turn("user", "hi"), Turn("assistant", "ho", counted=True, ends=1)])
+        '[["user","hi",false],["assistant","ho",true,1]]'
+    """
+    turns = [[t.role, t.content, t.counted, *([t.ends] if t.ends else [])] for t in conversation]
     return json.dumps(turns, ensure_ascii=False, separators=(",", ":"))
 
 
 def load_conversation(text: str) -> Conversation:
     """The inverse of `dump_conversation`."""
-    return tuple(Turn(role, content, counted) for role, content, counted in json.loads(text))
+    return tuple(Turn(*turn) for turn in json.loads(text))
 
 
 def checked_conversation(turns: Iterable[Turn], where: str) -> Conversation:

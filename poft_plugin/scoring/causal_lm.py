@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from poft_plugin.config import ReferenceConfig
-from poft_plugin.data.render import Renderer
+from poft_plugin.data.render import EndOfTurn, Renderer
 from poft_plugin.data.rows import Conversation, RowError
 from poft_plugin.losses import install_response_forward, mean_logps, response_positions
 from poft_plugin.losses.head import check_head
@@ -20,7 +20,7 @@ from poft_plugin.scoring.packs import lay_out, pack_inputs, predictions
 from poft_plugin.scoring.pretrained import PROBE_TOKENS, PROBE_TOLERANCE, PretrainedScorer
 from poft_plugin.scoring.scorer import Identity, PreparedRow, Score
 
-CONTRACT = "causal LM, mean log-probability of the response, version 1"
+CONTRACT = "causal LM, mean log-probability of the response, version 2"
 
 
 @dataclass
@@ -30,11 +30,11 @@ class CausalLMScorer(PretrainedScorer):
     Args:
         settings: its entry under `poft.references`.
         checkpoint: where it is.
-        include_end_of_turn: count end-of-turn tokens.
+        include_end_of_turn: count end-of-turn tokens; `auto`: where the policy's labels hold one.
     """
 
     settings: ReferenceConfig
-    include_end_of_turn: bool = False
+    include_end_of_turn: EndOfTurn = "auto"
 
     @property
     def kind(self) -> str:
@@ -85,7 +85,8 @@ class CausalLMScorer(PretrainedScorer):
                 f"{where}: {self.title}: the prompt alone fills its context of {length} tokens; nothing of "
                 "the response is left after truncation. Set `on_long_row: drop` or remove the row"
             )
-        return PreparedRow(key, np.asarray(rendered.input_ids[:length], dtype=np.int32), counted)
+        ids = np.asarray(rendered.input_ids[:length], dtype=np.int32)
+        return PreparedRow(key, ids, counted, rendered.skipped, rendered.lacks_end)
 
     @property
     def drops_long_rows(self) -> bool:
@@ -181,8 +182,15 @@ class CausalLMScorer(PretrainedScorer):
             )
 
     def remark(self, prepared: Sequence[PreparedRow]) -> str | None:
-        """Nothing: what is cut or dropped was asked for."""
-        return None
+        """What its template leaves out: turns of the prompt, or the token that ends a response."""
+        lacking = sum(row.lacks_end for row in prepared)
+        remarks = [self.skipped_remark(prepared)]
+        if lacking:
+            remarks.append(
+                f"{self.title}: {lacking:,} of {len(prepared):,} rows are scored without an end-of-turn token, which "
+                "the policy is trained on: its template writes no special token there"
+            )
+        return "\n".join(filter(None, remarks)) or None
 
     def flops(self, tokens: int, response_tokens: int) -> float:
         """Of one forward: `2 x parameters` per token, the head on response tokens only."""

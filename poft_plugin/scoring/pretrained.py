@@ -3,10 +3,10 @@
 import hashlib
 import sys
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ from poft_plugin.data.rows import Conversation
 from poft_plugin.data.templates import EndlessTemplateError, TemplateFailedError, render_template
 from poft_plugin.losses.head import unwrapped
 from poft_plugin.scoring.attention import complete_attention
+from poft_plugin.scoring.chat_templates import own_template, resolve_template
 from poft_plugin.scoring.checkpoints import Checkpoint
 from poft_plugin.scoring.gguf_files import correct_special_tokens, gguf_path
 from poft_plugin.scoring.packs import probe_rows
@@ -100,15 +101,10 @@ class PretrainedScorer(ABC):
         """The template's Jinja text.
 
         Raises:
-            ValueError: if neither the config nor the tokenizer has one.
+            ValueError: if neither the config nor the tokenizer has one, or the config's is not known.
         """
-        given = self.settings.chat_template
-        if given is not None:
-            return given if "{" in given else self._template_file(given)
-        template = self.tokenizer.chat_template
-        if isinstance(template, dict):
-            template = template.get("default")
-        return str(template) if template else self._default_template()
+        template = resolve_template(self.settings.chat_template, own_template(self.tokenizer), self.title)
+        return template or self._default_template()
 
     @cached_property
     def renderer(self) -> Renderer:
@@ -185,6 +181,20 @@ class PretrainedScorer(ABC):
         """One row as this model sees it."""
         return self.renderer(conversation, where)
 
+    def skipped_remark(self, prepared: Sequence[PreparedRow]) -> str | None:
+        """A warning where its template leaves out turns of the prompt: the model judges what it has not read."""
+        roles = Counter(role for row in prepared for role in row.skipped)
+        if not roles:
+            return None
+        left_out = ", ".join(
+            f"turns of role {role!r} in {count:,} of {len(prepared):,} rows" for role, count in roles.items()
+        )
+        merge = "`system_turns: merge` or " if "system" in roles else ""
+        return (
+            f"WARNING: {self.title}: its chat template leaves out {left_out}: it scores answers without having read "
+            f"them. Set {merge}another `chat_template:` for it, or remove such rows"
+        )
+
     def num_parameters(self) -> tuple[int, int]:
         """Parameters of the model, and of its head, from the config alone."""
         return self._sizes.total, self._sizes.head
@@ -207,13 +217,6 @@ class PretrainedScorer(ABC):
         self._model, self._pack_length = None, 0
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-    def _template_file(self, name: str) -> str:
-        try:
-            return Path(name).read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
-            raise ValueError(f"{self.title}: chat_template {name!r}: {reason}, and not Jinja text") from error
 
     @abstractmethod
     def _default_template(self) -> str:

@@ -1,7 +1,7 @@
 """The scorer of DEFT: a reward model's logit for a prompt with its response, under the model's own template."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from poft_plugin.config import RewardModelConfig
+from poft_plugin.data.render import Renderer
 from poft_plugin.data.rows import Conversation, RowError
 from poft_plugin.scoring.loading import load_complete
 from poft_plugin.scoring.neox_reward_model import CHAT_TEMPLATE, ROLE_TOKENS, NeoXRewardConfig, NeoXRewardModel
@@ -122,13 +123,13 @@ class RewardModelScorer(PretrainedScorer):
         rendered = self.render(conversation, where)
         ids, counted = np.asarray(rendered.input_ids, dtype=np.int32), np.asarray(rendered.counted, dtype=bool)
         self.check_ids(ids, where)
-        whole = PreparedRow(key, ids, counted)
+        whole = PreparedRow(key, ids, counted, rendered.skipped)
         if self.max_length is None or len(whole) <= self.max_length:
             self._seen = sorted([*self._seen, ids], key=len)[:PROBE_ROWS]
             return whole
         kept = _right_end(ids, self.max_length, keep_first=int(ids[0]) in self._beginnings)
-        row = PreparedRow(key, ids[kept], counted[kept])
-        if not row.counted.any():
+        row = PreparedRow(key, ids[kept], counted[kept], rendered.skipped)
+        if counted.any() and not row.counted.any():
             raise RowError(
                 f"{where}: {self.title}: its template writes {self.max_length} tokens or more after the response; "
                 "nothing of the response is left. Raise `max_length:` or change `chat_template:`"
@@ -142,9 +143,10 @@ class RewardModelScorer(PretrainedScorer):
         """How many of these rows were cut, and how many lost part of their response."""
         cut = sum(row.key in self._cut for row in prepared)
         lost = sum(row.key in self._cut_responses for row in prepared)
+        skipped = self.skipped_remark(prepared)
         if not cut:
-            return None
-        return (
+            return skipped
+        return (f"{skipped}\n" if skipped else "") + (
             f"{self.title}: {cut:,} of {len(prepared):,} rows longer than {self.max_length} tokens, cut on the left; "
             f"{lost:,} lost part of the response"
         )
@@ -273,6 +275,10 @@ class RewardModelScorer(PretrainedScorer):
             f"{self.title} ({self.settings.model}): its tokenizer has no chat template. Give the format that it was "
             "trained on as `chat_template:` (a file or Jinja text)"
         )
+
+    def _make_renderer(self) -> Renderer:
+        """A score needs the rendered text alone; where the response stands in it is for messages."""
+        return replace(super()._make_renderer(), needs_response=False)
 
     def _empty_model(self) -> Any:
         if self._is_neox:

@@ -56,11 +56,15 @@ class PreparedRow:
         key: row key.
         input_ids: int32 `(T,)`.
         counted: bool `(T,)`, the response's tokens: those whose log-probability counts.
+        skipped: roles of turns of the prompt that the model's template leaves out.
+        lacks_end: the policy is trained on a token that ends the response, and the template writes none.
     """
 
     key: str
     input_ids: np.ndarray
     counted: np.ndarray
+    skipped: tuple[str, ...] = ()
+    lacks_end: bool = False
 
     def __len__(self) -> int:
         return len(self.input_ids)

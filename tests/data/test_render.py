@@ -152,21 +152,52 @@ def test_generation_markers_are_not_needed_and_do_no_harm(byte_level: Any) -> No
     assert plain == other
 
 
+FOUR_TURNS = (user("one"), assistant("two  three four five"), user("six"), assistant("seven eight nine ten"))
+
+
 @pytest.mark.parametrize(
     "content",
     ["{{ m.content | upper }}", "{{ m.content | replace('e', 'E') }}", "{{ m.content[:6] }}", "{{ m.content[:12] }}",
-     "{{ m.content }}{{ m.content }}", "{% if loop.last %}{{ m.content }}{% endif %}", "",
-     "{{ m.content | replace('  ', ' ') }}", "{{ '-' if m.content[0] == 't' }}{{ m.content }}",
-     "{{ m.content }}{{ '!' if loop.last and 'n' in m.content }}",
-     "{{ '+' if loop.first and 'n' in messages[-1].content else '-' }}{{ m.content }}"],
-    ids=["upper", "replaced", "short", "cut", "twice", "last-only", "absent", "spaces-squeezed", "looks-at-it",
-         "afterthought", "other-beginning"],
+     "{{ m.content | replace('  ', ' ') }}"],
+    ids=["upper", "replaced", "short", "cut", "spaces-squeezed"],
 )  # fmt: skip
 def test_a_template_that_alters_a_response_is_an_error(byte_level: Any, content: str) -> None:
     template = "{% for m in messages %}<{{ m.role }}>" + content + "{% endfor %}"
-    turns = (user("one"), assistant("two  three four five"), user("six"), assistant("seven eight nine ten"))
     with pytest.raises(RowError, match=r"^data.jsonl row 3 .*reference 'ref'.*template changes the response.*remove"):
-        Renderer(byte_level, template, "reference 'ref'")(turns, WHERE)
+        Renderer(byte_level, template, "reference 'ref'")(FOUR_TURNS, WHERE)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ("{{ m.content }}{{ m.content }}", "turn 1, a response, stands 2 time.* cannot be told"),
+        ("{% if loop.last %}{{ m.content }}{% endif %}", "leaves out turn 1, a response"),
+        ("", "leaves out turn 1, a response"),
+    ],
+)
+def test_a_response_that_is_left_out_or_doubled_is_an_error(byte_level: Any, content: str, what: str) -> None:
+    template = "{% for m in messages %}<{{ m.role }}>" + content + "{% endfor %}"
+    with pytest.raises(RowError, match=rf"^data.jsonl row 3 .*reference 'ref'.*{what}.*remove"):
+        Renderer(byte_level, template, "reference 'ref'")(FOUR_TURNS, WHERE)
+
+
+def test_a_left_out_response_that_the_question_holds_is_not_found_there(byte_level: Any) -> None:
+    template = "{% for m in messages if m.role == 'user' %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    with pytest.raises(RowError, match="leaves out turn 1, a response"):
+        Renderer(byte_level, template, "reference 'ref'")((user("say two"), assistant("two")), WHERE)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{{ '-' if m.content[0] == 't' }}{{ m.content }}", "{{ m.content }}{{ '!' if loop.last and 'n' in m.content }}",
+     "{{ '+' if loop.first and 'n' in messages[-1].content else '-' }}{{ m.content }}", "{{ m.content[:20] }}"],
+    ids=["looks-at-it", "afterthought", "other-beginning", "just-not-cut"],
+)  # fmt: skip
+def test_a_template_may_look_at_a_response_that_it_writes_word_for_word(byte_level: Any, content: str) -> None:
+    template = "{% for m in messages %}<{{ m.role }}>" + content + "{% endfor %}"
+    rendered = Renderer(byte_level, template, "reference 'ref'")(FOUR_TURNS, WHERE)
+    spans = [(rendered.text.find(t.content), rendered.text.find(t.content) + len(t.content)) for t in FOUR_TURNS[1::2]]
+    assert list(rendered.counted) == by_bytes(byte_level, rendered, spans)
 
 
 @pytest.mark.parametrize(
@@ -206,8 +237,8 @@ def test_a_template_that_refuses_the_turns_names_row_reference_and_remedy(byte_l
     assert merged.text == "<|bos|>[INST] Be kind.\n\none [/INST] two<|im_end|>"
 
 
-@pytest.mark.parametrize(("gap", "counts"), [("", ["two", "<|im_end|>"]), ("\n", ["two", "\n", "<|im_end|>"])])
-def test_end_of_turn_tokens_count_where_asked(byte_level: Any, gap: str, counts: list[str]) -> None:
+@pytest.mark.parametrize("gap", ["", "\n"])
+def test_end_of_turn_tokens_count_where_asked(byte_level: Any, gap: str) -> None:
     template = tiny.CHATML.replace("<|im_end|>", gap + "<|im_end|>")
     turns = (user("one"), assistant("two", counted=False), user("three"), assistant("two"))
     without, with_end = (
@@ -215,9 +246,34 @@ def test_end_of_turn_tokens_count_where_asked(byte_level: Any, gap: str, counts:
         for asked in (False, True)
     )
     assert counted_text(byte_level, without) == "two"
-    assert counted_text(byte_level, with_end) == "".join(counts)
-    assert with_end.num_counted == without.num_counted + len(counts) - 1
+    assert counted_text(byte_level, with_end) == "two<|im_end|>"
+    assert with_end.num_counted == without.num_counted + 1
     assert with_end.input_ids == without.input_ids
+
+
+def test_end_of_turn_tokens_count_where_the_labels_hold_one(byte_level: Any) -> None:
+    turns = (user("one"), Turn("assistant", "two", True, 0), user("three"), Turn("assistant", "four", True, 1))
+    rendered = Renderer(byte_level, tiny.CHATML, "reference 'ref'", include_end_of_turn="auto")(turns, WHERE)
+    assert counted_text(byte_level, rendered) == "twofour<|im_end|>"
+    assert not rendered.lacks_end
+    bare = Renderer(
+        byte_level, "{% for m in messages %}{{ m.content }}\n{% endfor %}", "ref", include_end_of_turn="auto"
+    )
+    assert counted_text(byte_level, bare(turns, WHERE)) == "twofour"
+    assert bare(turns, WHERE).lacks_end
+    assert not bare((user("one"), assistant("two")), WHERE).lacks_end
+
+
+@pytest.mark.parametrize(("ends", "counted"), [(1, "two<|im_end|>"), (2, "two<|pad|><|im_end|>")])
+def test_the_end_that_counts_is_the_tokenizers_own_where_the_template_writes_two(
+    byte_level: Any, ends: int, counted: str
+) -> None:
+    """As Phi-3's: `<|end|>`, and the end of text after the last turn. The host's labels hold the latter."""
+    template = "{% for m in messages %}{{ m.content }}<|pad|>\n{% endfor %}<|im_end|>"
+    rendered = Renderer(byte_level, template, "ref", include_end_of_turn="auto")(
+        (user("one"), Turn("assistant", "two", True, ends)), WHERE
+    )
+    assert counted_text(byte_level, rendered).replace("\n", "") == counted
 
 
 def test_a_template_without_an_end_of_turn_token_is_refused_where_one_counts(byte_level: Any) -> None:

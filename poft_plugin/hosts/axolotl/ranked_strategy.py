@@ -30,9 +30,10 @@ from poft_plugin.data.columns import (
 )
 from poft_plugin.data.ranked import RankedSample
 from poft_plugin.data.rows import RowError, raise_row_errors
+from poft_plugin.hosts.axolotl.chat_templates import with_fixed_date
 from poft_plugin.hosts.axolotl.entries import Entry
 from poft_plugin.hosts.axolotl.ranked_rows import ranked_reader, unread_columns
-from poft_plugin.losses.logps import IGNORED
+from poft_plugin.hosts.axolotl.trained_text import TrainedText
 
 LONG = 1 << 30
 """The host's strategy would cut a response at `sequence_len`; rows are judged by their length later, and here."""
@@ -95,7 +96,8 @@ class RankedStrategy(DatasetWrappingStrategy):
         raw = self.entry.raw
         given = {key: raw[key] for key in ("chat_template", "chat_template_jinja", "train_on_eos") if raw.get(key)}
         settings = {"message_field_training": "training", "roles_to_train": [], "train_on_eos": "turn", **given}
-        return load_chat_template(self.tokenizer, DictDefault({**self.cfg, "sequence_len": LONG}), settings)
+        cfg = with_fixed_date(DictDefault({**self.cfg, "sequence_len": LONG}))
+        return load_chat_template(self.tokenizer, cfg, settings)
 
     def _read(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
         where, kind, fields = f"{self.entry.label} row {index}", str(self.entry.raw["type"]), self.entry.ranked.fields
@@ -171,11 +173,8 @@ class RankedStrategy(DatasetWrappingStrategy):
             tokens = self.strategy.tokenize_prompt({"messages": messages})
         except HOST_ERRORS as error:
             raise _refused([turn.role for turn in turns], error, where) from error
-        if not any(label != IGNORED for label in tokens["labels"][1:]):
-            raise RowError(
-                f"{where}: the policy's chat template hides response {index}, which is to be trained on. Check "
-                "`chat_template` against the data"
-            )
+        reader = TrainedText(self.tokenizer, tuple(self.cfg.eot_tokens or ()))
+        reader.check(turns, tokens["labels"], f"{where} response {index}")
         return list(tokens["input_ids"]), list(tokens["labels"])
 
     def _report_unread(self, rows: Dataset) -> None:

@@ -16,6 +16,7 @@ from poft_plugin.config import (
     settings_model,
 )
 from poft_plugin.hosts.axolotl.args import NAME, TAKEN_KEYS, TAKEN_OVER
+from poft_plugin.hosts.axolotl.chat_templates import name_host_templates
 from poft_plugin.hosts.axolotl.checks import check_settings
 from poft_plugin.hosts.axolotl.compat import name_plugin
 from poft_plugin.hosts.axolotl.entries import take_over_entries
@@ -124,6 +125,7 @@ def take_over(cfg: Any) -> MethodRun | None:
     if base is not None and base.block != method.block:
         base_settings = _settings(cfg, base)
     filters = _filters(cfg, settings)
+    name_host_templates()
     cfg.pop("rl", None)
     cfg[TAKEN_OVER] = method.name
     name_plugin(cfg)

@@ -5,7 +5,7 @@ The host's strategy for the entry's original `type` does the tokenizing; this on
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -17,14 +17,15 @@ from axolotl.utils.schemas.datasets import SFTDataset, UserDefinedPrompterType
 from datasets import Dataset, Features, Sequence, Value, concatenate_datasets
 
 from poft_plugin.data.columns import CONVERSATION, DROPPABLE, GROUP, LEFT_OUT, ROW_KEY, ROW_NUMBER, SOURCE
-from poft_plugin.data.rows import Conversation, RowError, dump_conversation, raise_row_errors, row_key
+from poft_plugin.data.rows import RowError, dump_conversation, raise_row_errors, row_key
+from poft_plugin.hosts.axolotl.chat_templates import with_fixed_date
 from poft_plugin.hosts.axolotl.conversations import conversation_reader, host_tokens
 from poft_plugin.hosts.axolotl.entries import ENTRIES, SALT_FIELD, SUPPORTED_TYPES, Entry
 from poft_plugin.hosts.axolotl.prompt_completion import HOST_SETTINGS, PromptCompletionFields
 from poft_plugin.hosts.axolotl.ranked_fields import shown
 from poft_plugin.hosts.axolotl.ranked_strategy import RankedStrategy
 from poft_plugin.hosts.axolotl.reading import printable
-from poft_plugin.losses.logps import IGNORED
+from poft_plugin.hosts.axolotl.trained_text import TrainedText
 
 
 def load(tokenizer: Any, cfg: DictDefault, ds_cfg: Mapping[str, Any]) -> DatasetWrappingStrategy:
@@ -88,6 +89,15 @@ class MethodStrategy(DatasetWrappingStrategy):
             rows = _named_alike(rows, _FIRST_ROWS.setdefault(run, {}))
         return rows
 
+    @cached_property
+    def _trained_text(self) -> TrainedText:
+        return TrainedText(self.tokenizer, tuple(self.cfg.eot_tokens or ()))
+
+    @property
+    def _longest(self) -> int:
+        """Tokens of the longest row that the host keeps."""
+        return int(max(self.cfg.sequence_len, self.cfg.eval_sequence_len or 0))
+
     def _strategy(self, dataset: Dataset) -> PromptTokenizingStrategy:
         """The host's own strategy, which it builds around a data set: one without rows, so that none is tokenized."""
         kind = self.ds_cfg.type
@@ -95,7 +105,7 @@ class MethodStrategy(DatasetWrappingStrategy):
         wrapped, _prompter = get_dataset_wrapper(
             dataset_config=self.ds_cfg,
             tokenizer=self.tokenizer,
-            cfg=DictDefault({**self.cfg, "dataset_num_proc": None}),
+            cfg=with_fixed_date(DictDefault({**self.cfg, "dataset_num_proc": None})),
             dataset_base_type=base,
             dataset=dataset.select([]),
             dataset_prompt_style=style or None,
@@ -154,13 +164,15 @@ class MethodStrategy(DatasetWrappingStrategy):
         tokens = host_tokens(self.strategy, read, where)
         if not tokens.get("input_ids"):
             raise RowError(f"{where}: Axolotl makes no token of the row: {shown(dict(read.row))}. Remove it")
-        _check_labels(tokens["labels"], read.conversation, where)
-        text = dump_conversation(read.conversation)
+        conversation = read.conversation
+        if len(tokens["input_ids"]) <= self._longest:  # the host leaves others out, and has cut some types' texts
+            conversation = self._trained_text.check(conversation, tokens["labels"], where)
+        text = dump_conversation(conversation)
         if printable(text) != text:
             raise RowError(
                 f"{where}: half of a surrogate pair in a text, which is no character: {shown(text)}. Mend it"
             )
-        return {**tokens, ROW_KEY: row_key(read.conversation), CONVERSATION: text}
+        return {**tokens, ROW_KEY: row_key(conversation), CONVERSATION: text}
 
     def _usable(self, rows: Dataset) -> Dataset:
         """The rows that can be used, with the number of the others in a column.
@@ -247,15 +259,3 @@ def _named_alike(rows: Dataset, first: dict[str, dict[str, Any]]) -> Dataset:
         for row in rows.select_columns([ROW_KEY, *names])
     ]
     return concatenate_datasets([rows.remove_columns(names), Dataset.from_list(named)], axis=1)
-
-
-def _check_labels(labels: list[int], conversation: Conversation, where: str) -> None:
-    """Every turn that counts must be trained on by the policy: the host leaves out a turn that it cannot locate."""
-    trained = [label != IGNORED for label in labels]
-    trained[:1] = [False] * len(trained[:1])  # nothing predicts the first token
-    spans = sum(here and not before for before, here in pairwise([False, *trained]))
-    if spans < sum(turn.counted for turn in conversation):
-        raise RowError(
-            f"{where}: the policy's chat template hides an assistant turn that is to be trained on. Check "
-            "`chat_template` against the data"
-        )
