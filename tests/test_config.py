@@ -102,7 +102,7 @@ def test_a_number_that_yaml_reads_as_text_is_a_number() -> None:
         ({"missing_scores": "skip"}, r"poft\.missing_scores: .*'score' or 'error' \(given: 'skip'\)"),
         ({"batch_tokens": 0}, r"poft\.batch_tokens: .*greater than or equal to 1 \(given: 0\)"),
         ({"references": []}, r"poft\.references: empty; One or more aligned"),
-        ({"references": "org/zephyr"}, r"poft\.references: .*\(given: 'org/zephyr'\)"),
+        ({"references": 3}, r"poft\.references: expected a list of references.*\(given: 3\)"),
         ({"betta": 1}, r"poft\.betta: unknown key; allowed here: batch_tokens, beta, gamma, include_end_of_turn, keep"),
     ],
 )

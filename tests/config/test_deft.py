@@ -132,7 +132,7 @@ KEYS_OF_A_REWARD_MODEL = "chat_template, dtype, max_length, model, revision, sys
         ({"pro_temperature": "score"}, r"deft\.pro_temperature: .*'reward' \(given: 'score'\)"),
         ({"rank_by": "score"}, r"deft\.rank_by: .*'label' or 'reward' \(given: 'score'\)"),
         ({"rank_by": None}, r"deft\.rank_by: .*\(given: None\)"),
-        ({"reward_model": "org/rewards"}, r"deft\.reward_model: .*\(given: 'org/rewards'\)"),
+        ({"reward_model": 3}, r"deft\.reward_model: expected a block of keys, found 3"),
         ({"reward_model": {}}, r"deft\.reward_model\.model: missing; Hub id or local folder of the reward model\."),
         ({"reward_model": {"model": ""}}, rf"{NESTED}model: .*at least 1 character"),
     ],

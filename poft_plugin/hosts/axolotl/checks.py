@@ -60,6 +60,8 @@ REFUSALS = (
     Refusal("diffusion_lm", _is_set, "it is another loss; remove it or `rl:`"),
     Refusal("diffusion_decision", _is_set, "it is another loss; remove it or `rl:`"),
     Refusal("balance_labels", bool, "the loss is a mean over samples, and batches are the method's own; remove it"),
+    Refusal("label_balance_window_optim_steps", _above_one, "the loss is a mean over samples; remove it"),
+    Refusal("adapter", lambda value: value == "mixlora", "it brings a trainer of its own; use `lora` or `qlora`"),
     Refusal("orpo_alpha", bool, "it is another loss; remove it or `rl:`"),
     Refusal("label_smoothing_factor", bool, "the loss has no labels to smooth; remove it"),
     Refusal("batch_flattening", bool, "use `sample_packing: true`"),

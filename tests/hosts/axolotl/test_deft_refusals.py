@@ -79,7 +79,7 @@ RM = {"model": "./grader"}
         ({"rl": "poft", "poft": POFT}, r"deft: this block is there, but `rl: poft` does not read it"),
         ({"rl": "dpo"}, r"deft: .* `rl: dpo` does not .* to pro or rrhf or deft_pro or deft_rrhf or deft_dpo or deft_"),
         ({"rl": None}, r"deft: this block is there, but `rl: None` does not read it"),
-        ({"rl": "sft"}, r"deft: this block is there, but `rl: sft` does not read it"),
+        ({"rl": "sft"}, r"rl: .sft. is no rl type; did you mean `rl: deft_sft`"),
         ({"deft": {"top_percnt": 5}}, r"deft\.top_percnt: unknown key; allowed here: batch_tokens, bottom_percent"),
         ({"deft": {"reward_model": {**RM, "devices": 2}}}, r"deft\.reward_model\.devices: unknown key; allowed"),
         ({"deft": {"reward_model": {}}}, r"deft\.reward_model\.model: missing; Hub id or local folder"),

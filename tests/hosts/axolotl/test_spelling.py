@@ -64,6 +64,8 @@ def run(config: dict[str, Any], **settings: Any) -> MethodRun | None:
         (POFT, {"use_dft": True}, r"use_dft: True cannot be honoured"),
         (POFT, {"diffusion_lm": {"eps": 0.1}}, r"diffusion_lm: .*another loss"),
         (POFT, {"balance_labels": True}, r"balance_labels: True cannot be honoured"),
+        (POFT, {"label_balance_window_optim_steps": 2}, r"label_balance_window_optim_steps: 2 cannot be honoured"),
+        (POFT, {"adapter": "mixlora"}, r"adapter: 'mixlora' cannot be honoured"),
         (POFT, {"context_parallel": {"size": 2}}, r"context_parallel: \{'size': 2\}.*one device"),
     ],
 )
