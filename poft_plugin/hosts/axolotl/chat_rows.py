@@ -10,8 +10,7 @@ from axolotl.utils.dict import remove_none_values
 
 from poft_plugin.data.rows import RowError, Turn, checked_conversation
 from poft_plugin.hosts.axolotl.ranked_fields import shown
-from poft_plugin.hosts.axolotl.ranked_strategy import HOST_ERRORS
-from poft_plugin.hosts.axolotl.reading import Read, Row, described
+from poft_plugin.hosts.axolotl.reading import HOST_ERRORS, Read, Row, described
 from poft_plugin.hosts.axolotl.reasoning import REASONING, written_turn
 
 NOTHING = (None, "", [], {})

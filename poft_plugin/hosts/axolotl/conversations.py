@@ -17,8 +17,7 @@ from poft_plugin.hosts.axolotl.entries import SUPPORTED_TYPES, Entry
 from poft_plugin.hosts.axolotl.field_rows import FieldReader
 from poft_plugin.hosts.axolotl.prompt_completion import PromptCompletionReader
 from poft_plugin.hosts.axolotl.ranked_fields import shown
-from poft_plugin.hosts.axolotl.ranked_strategy import HOST_ERRORS
-from poft_plugin.hosts.axolotl.reading import Read, Reader, described
+from poft_plugin.hosts.axolotl.reading import HOST_ERRORS, Read, Reader, described
 from poft_plugin.hosts.axolotl.segment_rows import SegmentReader
 
 

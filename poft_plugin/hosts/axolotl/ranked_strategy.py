@@ -33,6 +33,7 @@ from poft_plugin.data.rows import RowError, raise_row_errors
 from poft_plugin.hosts.axolotl.chat_templates import with_fixed_date
 from poft_plugin.hosts.axolotl.entries import Entry
 from poft_plugin.hosts.axolotl.ranked_rows import ranked_reader, unread_columns
+from poft_plugin.hosts.axolotl.reading import HOST_ERRORS
 from poft_plugin.hosts.axolotl.trained_text import TrainedText
 
 LONG = 1 << 30
@@ -40,12 +41,6 @@ LONG = 1 << 30
 
 ERROR, UNUSABLE, UNREAD, ALIKE = "error", "unusable", "unread", "alike"
 """Why a row cannot be used, or is left out; columns that nothing reads; how many responses are copies of another."""
-
-HOST_ERRORS = (
-    TemplateError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError,
-    MemoryError,
-)  # fmt: skip
-"""What a chat template, or the host's strategy around it, raises while a row is tokenized."""
 
 
 @dataclass

@@ -6,8 +6,12 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 
 from poft_plugin.data.rows import Conversation
+from poft_plugin.data.templates import FAILURES
 
 Row = Mapping[str, Any]
+
+HOST_ERRORS = (*FAILURES, AssertionError)
+"""What a chat template, or the host's strategy around it, raises while a row is tokenized."""
 
 
 class Read(NamedTuple):

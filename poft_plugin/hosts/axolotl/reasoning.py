@@ -12,8 +12,7 @@ from axolotl.prompt_strategies.chat_template import ChatTemplateStrategy
 
 from poft_plugin.data.rows import RowError
 from poft_plugin.hosts.axolotl.ranked_fields import shown
-from poft_plugin.hosts.axolotl.ranked_strategy import HOST_ERRORS
-from poft_plugin.hosts.axolotl.reading import described
+from poft_plugin.hosts.axolotl.reading import HOST_ERRORS, described
 
 REASONING = ("reasoning_content", "reasoning", "thinking", "thoughts")
 """What data sets call the field."""
