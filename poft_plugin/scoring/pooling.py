@@ -124,3 +124,15 @@ def linear(pooled: Tensor, head: nn.Linear) -> Tensor:
     """
     logits = pooled.to(head.weight.device).double() @ head.weight.double().T
     return logits if head.bias is None else logits + head.bias.double()
+
+
+def right_end(ids: np.ndarray, length: int, *, keep_first: bool) -> np.ndarray:
+    """Positions of the last `length` tokens, the first one of the row in the place of the first of these if asked.
+
+    Examples:
+        >>> [right_end(np.arange(7), 3, keep_first=keep).tolist() for keep in (False, True)]
+        [[4, 5, 6], [0, 5, 6]]
+    """
+    positions = np.arange(len(ids) - length, len(ids))
+    positions[:1] *= not keep_first
+    return positions

@@ -16,9 +16,10 @@ from poft_plugin.data.rows import Conversation, RowError
 from poft_plugin.scoring.loading import load_complete
 from poft_plugin.scoring.neox_reward_model import CHAT_TEMPLATE, ROLE_TOKENS, NeoXRewardConfig, NeoXRewardModel
 from poft_plugin.scoring.packs import lay_out, pack_inputs
-from poft_plugin.scoring.pooling import linear, pooled_hidden, pooled_position, right_padded
-from poft_plugin.scoring.pretrained import PROBE_TOKENS, PROBE_TOLERANCE, PretrainedScorer
+from poft_plugin.scoring.pooling import linear, pooled_hidden, pooled_position, right_end, right_padded
+from poft_plugin.scoring.pretrained import PretrainedScorer
 from poft_plugin.scoring.reward_heads import check_one_label, completed_config, is_openrlhf, readable_tokens
+from poft_plugin.scoring.reward_probe import check_alike, own_scores, probe_sequences
 from poft_plugin.scoring.scorer import Identity, PreparedRow, Score
 
 CONTRACT = "reward model, logit of the one label, version 2"
@@ -127,7 +128,7 @@ class RewardModelScorer(PretrainedScorer):
         if self.max_length is None or len(whole) <= self.max_length:
             self._seen = sorted([*self._seen, ids], key=len)[:PROBE_ROWS]
             return whole
-        kept = _right_end(ids, self.max_length, keep_first=int(ids[0]) in self._beginnings)
+        kept = right_end(ids, self.max_length, keep_first=int(ids[0]) in self._beginnings)
         row = PreparedRow(key, ids[kept], counted[kept], rendered.skipped)
         if counted.any() and not row.counted.any():
             raise RowError(
@@ -225,40 +226,16 @@ class RewardModelScorer(PretrainedScorer):
             return linear(pooled_hidden(hidden, ids, mask, self._padding), head)[:, 0]
 
     def _check_scores(self) -> None:
-        rows, filler = [*self._probe(), *self._seen], self._filler
-        together = self._rewards(*right_padded(rows, filler=filler))
+        filler, special = self._filler, {*self.tokenizer.all_special_ids, self.config.get_text_config().pad_token_id}
+        known = int(self._model.get_input_embeddings().num_embeddings)
+        last = filler if isinstance(getattr(self._model, "score", None), nn.Linear) else None
+        rows = [*probe_sequences(known, special, self.max_length, last), *self._seen]
         alone = torch.cat([self._rewards(*right_padded([row], filler=filler)) for row in rows])
-        own = torch.cat([self._own_score(row) for row in rows])
-        allowed = PROBE_TOLERANCE[self.dtype] * float(alone.abs().max())
-        for other, what in ((together, "in a padded batch"), (own.double(), "from the model's own forward")):
-            worst = float((alone - other).abs().max())
-            if not worst <= allowed:
-                raise ValueError(
-                    f"{self.title}: {type(self._model).__name__}: a row's score differs by {worst:.3g} {what} "
-                    f"(allowed: {allowed:.3g}, in {str(self.dtype).removeprefix('torch.')}); what its head does is not "
-                    "known here. This architecture cannot be used"
-                )
-
-    def _own_score(self, row: np.ndarray) -> Tensor:
-        """`(1,)`, by the model's own forward, of the row alone; an OpenRLHF model's has no padding to look for."""
-        padding, config = self._padding, self._model.config.get_text_config()
-        known, config.pad_token_id = config.pad_token_id, padding
-        with torch.inference_mode():
-            logits: Tensor = self._model(input_ids=right_padded([row], 0)[0].to(self._device)).logits
-        config.pad_token_id = known
-        return logits[:, 0]
-
-    def _probe(self) -> list[np.ndarray]:
-        """Rows of two lengths without special tokens, and one that ends with padding, for models that look for it."""
-        special = set(self.tokenizer.all_special_ids) | {self.config.get_text_config().pad_token_id}
-        known = self._model.get_input_embeddings().num_embeddings
-        words = [i for i in range(known) if i not in special][:1000]
-        long = min(PROBE_TOKENS, self.max_length or PROBE_TOKENS)
-        random = np.random.default_rng(0)
-        rows = [random.choice(words, size) for size in (long, long // 2) * 3]
-        if isinstance(getattr(self._model, "score", None), nn.Linear):
-            rows.append(np.append(rows[0][:-1], self._filler))
-        return rows
+        others = {
+            "in a padded batch": self._rewards(*right_padded(rows, filler=filler)),
+            "from the model's own forward": own_scores(self._model, rows, self._padding, self._device),
+        }
+        check_alike(alone, others, self.dtype, f"{self.title}: {type(self._model).__name__}")
 
     def _check_architecture(self) -> None:
         if self._is_neox:
@@ -317,15 +294,3 @@ class RewardModelScorer(PretrainedScorer):
     def _beginnings(self) -> set[int | None]:
         """Ids that begin a text, before its first word."""
         return {self.tokenizer.bos_token_id, self.tokenizer.cls_token_id}
-
-
-def _right_end(ids: np.ndarray, length: int, *, keep_first: bool) -> np.ndarray:
-    """Positions of the last `length` tokens, the first one of the row in the place of the first of these if asked.
-
-    Examples:
-        >>> [_right_end(np.arange(7), 3, keep_first=keep).tolist() for keep in (False, True)]
-        [[4, 5, 6], [0, 5, 6]]
-    """
-    positions = np.arange(len(ids) - length, len(ids))
-    positions[:1] *= not keep_first
-    return positions
