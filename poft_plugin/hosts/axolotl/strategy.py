@@ -105,9 +105,9 @@ class MethodStrategy(DatasetWrappingStrategy):
         wrapped, _prompter = get_dataset_wrapper(
             dataset_config=self.ds_cfg,
             tokenizer=self.tokenizer,
-            cfg=with_fixed_date(DictDefault({**self.cfg, "dataset_num_proc": None})),
+            cfg=with_fixed_date(DictDefault({**self.cfg, "dataset_num_proc": 0})),
             dataset_base_type=base,
-            dataset=dataset.select([]),
+            dataset=Dataset.from_dict({name: [] for name in dataset.column_names}),
             dataset_prompt_style=style or None,
         )
         strategy = getattr(wrapped, "prompt_tokenizer", None)
