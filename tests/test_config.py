@@ -25,6 +25,7 @@ def test_defaults_are_the_papers_form() -> None:
         "include_end_of_turn": "auto",
         "keep_top_percent": 100.0,
         "keep_within": "none",
+        "on_bad_row": "error",
         "missing_scores": "score",
         "batch_tokens": None,
         "score_cache": None,

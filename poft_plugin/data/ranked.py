@@ -37,9 +37,9 @@ class RankedSample:
         """The same prompt with some of its responses, in their order.
 
         Examples:
-            >>> RankedSample((Turn("user", "hi"),), ("a", "b", "c"), (0, 1, 1)).only([0, 2])
-            RankedSample(prompt=(Turn(role='user', content='hi', counted=False),), responses=('a', 'c'), ranks=(0, 1), \
-scores=None)
+            >>> sample = RankedSample((Turn("user", "hi"),), ("a", "b", "c"), (0, 1, 1)).only([0, 2])
+            >>> sample.responses, sample.ranks
+            (('a', 'c'), (0, 1))
         """
         responses = tuple(self.responses[position] for position in positions)
         kept = [self.ranks[position] for position in positions]

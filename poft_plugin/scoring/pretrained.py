@@ -249,7 +249,7 @@ class PretrainedScorer(ABC):
         """Lets the loaded model read packs, if a few rows get there the scores that they get apart; says so if not."""
         if attention_of(self._model) != "sdpa":
             return
-        rows = probe_rows(int(self._model.get_input_embeddings().num_embeddings), self.tokenizer.all_special_ids)
+        rows = probe_rows(int(self._model.get_input_embeddings().num_embeddings))
         apart = np.array([self._scores([row], packed=False)[0].reward for row in rows])
         use_shared_attention(self._model)
         try:

@@ -28,6 +28,7 @@ REWARD_MODEL = {
     "model": "org/rewards",
     "revision": None,
     "dtype": "auto",
+    "attn_implementation": None,
     "chat_template": None,
     "system_turns": "keep",
     "max_length": None,
@@ -120,7 +121,9 @@ KEYS_OF_DEFT = (
     "batch_tokens, bottom_percent, grade_within, missing_scores, omega, pro_temperature, rank_by, reward_model, "
     "reward_over, score_cache, sft_weight, share_prompt, top_percent, train_on"
 )
-KEYS_OF_A_REWARD_MODEL = "chat_template, dtype, max_length, model, revision, system_turns, trust_remote_code"
+KEYS_OF_A_REWARD_MODEL = (
+    "attn_implementation, chat_template, dtype, max_length, model, revision, system_turns, trust_remote_code"
+)
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_a_token_is_predicted_by_the_one_before_it(texts: list[list[int]]) -> No
 
 
 def test_the_probe_has_prefixes_within_prefixes() -> None:
-    assert {0, 3, 6, 9} <= set(shared_lengths(probe_rows(500, [0])))
+    assert {0, 3, 6, 9} <= set(shared_lengths(probe_rows(500)))
 
 
 @pytest.fixture(scope="module")

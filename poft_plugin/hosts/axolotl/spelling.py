@@ -63,7 +63,7 @@ def check_keys(cfg: Mapping[str, Any], method: Method | None) -> None:
     Raises:
         ValueError: naming every such key and where it belongs.
     """
-    host = _top_level(method)
+    host = _top_level(method) | {known.block for known in registry().methods.values()}
     unknown = [key for key in cfg if isinstance(key, str) and key not in host and cfg.get(key) is not None]
     remarks = {key: _meant(key, host, method) for key in unknown}
     lines = [f"{key}: no key of the host at the top level; {remark}" for key, remark in remarks.items() if remark]
