@@ -36,7 +36,9 @@ def response_scores(rows: Rows, settings: BaseModel, run: RunContext) -> Prepare
     assert isinstance(settings, RankingConfig)
     samples = [rows.sample(index) for index in range(len(rows))]
     by_label = [list(sample.ranks) for sample in samples]
-    wanted = np.flatnonzero(rows_to_score(rows, settings))
+    # `axolotl evaluate` grades nothing, not even the training rows
+    needed = rows_to_score(rows, settings) & (run.purpose != "evaluate" or _order_needs_scores(settings))
+    wanted = np.flatnonzero(needed)
     if not len(wanted):
         return Prepared({RANKS: ragged(by_label)})
     asked, subset = [samples[index] for index in wanted], Rows(rows.table.take(pa.array(wanted)), {})

@@ -54,7 +54,7 @@ def test_the_trained_model_on_its_rows_against_its_reference(
     monkeypatch.setattr("sys.argv", ["axolotl"])
     path = write(models, RUNS[name])
     run = hosting.train(path)
-    assert run.trainer.state.global_step > 1
+    assert run.trainer.state.global_step >= 1
     record = json.loads(Path("out/poft/run.json").read_text())
     assert (record["rl"], record["start"]["base_model"]) == (RUNS[name]["rl"], str(models.policy))
     assert record["finished"]

@@ -132,7 +132,7 @@ def _together(
     """The common prompt and the responses' texts: turns before a response are the prompt's, or there are none."""
     given = prompt is not None
     if prompt is None:
-        prompt = answers[0][0]
+        prompt = answers[0][0] if answers else []
     else:
         refuse_answered(prompt, where)
     for number, (before, _) in enumerate(answers):

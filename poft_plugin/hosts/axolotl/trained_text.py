@@ -75,8 +75,12 @@ class TrainedText:
             places = walk("".join(texts), contents)
         except TextDiffersError:  # as this tokenizer would write them: it may normalise, and take up special tokens
             forms = [self._segments(self._encode(content)) for content in contents]
-            written = ["".join(self._decode([segment.ids for segment in form])) for form in forms]
-            own_ends = [form[-1].ends if form else 0 for form in forms]
+            pieces = [self._decode([segment.ids for segment in form]) for form in forms]
+            written = ["".join(texts_of_one) for texts_of_one in pieces]
+            own_ends = [
+                _ends_at(walk(text, [text]), form, parts)[0]
+                for text, form, parts in zip(written, forms, pieces, strict=True)
+            ]
             texts = self._without_shared_ends(segments, texts, written)
             places = walk("".join(texts), written)
         ends = iter(
@@ -120,6 +124,8 @@ class TrainedText:
         return ids
 
     def _decode(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+        if not sequences:  # transformers takes an empty list for one sequence
+            return []
         return self.tokenizer.batch_decode(
             [list(ids) for ids in sequences], skip_special_tokens=False, clean_up_tokenization_spaces=False
         )

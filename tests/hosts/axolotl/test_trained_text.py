@@ -50,7 +50,7 @@ def prepared(tokenizer: Any, rows: list[dict[str, Any]], template: str, **entry:
     named = (
         {"chat_template": "jinja", "chat_template_jinja": template} if "{" in template else {"chat_template": template}
     )
-    cfg = DictDefault({"sequence_len": 512, "train_on_inputs": False, **named})
+    cfg = DictDefault({"sequence_len": 8192, "train_on_inputs": False, **named})
     strategy = MethodStrategy(tokenizer, cfg, DictDefault(raw), Entry(raw, "data.jsonl", None))
     return strategy.wrap_dataset(Dataset.from_list(rows))
 
@@ -218,7 +218,7 @@ def test_any_tokenizers_labels_are_read_back(any_tokenizer: Any, contents: list[
         TrainedText(any_tokenizer).check((*turns, Turn("assistant", "c", True)), labels, "row")
     with pytest.raises(RowError, match="row: what the policy is trained on is not the response"):
         TrainedText(any_tokenizer).check(
-            turns, [*labels, *any_tokenizer("c", add_special_tokens=False)["input_ids"]], ""
+            turns, [*labels, *any_tokenizer("c", add_special_tokens=False)["input_ids"]], "row"
         )
 
 
