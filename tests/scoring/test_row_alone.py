@@ -41,9 +41,7 @@ CONFIGS = {
     "yarn": hf.LlamaConfig(**DECODER, **rope("yarn", factor=4.0, original_max_position_embeddings=BOUND)),
     "llama3": hf.LlamaConfig(
         **DECODER,
-        **rope(
-            "llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=BOUND
-        ),
+        **rope("llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=BOUND),
     ),
     "longrope": hf.Phi3Config(**{**DECODER, "num_key_value_heads": 4}, **LONGROPE),
     "gemma2": hf.Gemma2Config(**DECODER, **WINDOW, attn_logit_softcapping=1.0),
