@@ -43,7 +43,10 @@ CONFIGS = {
         **DECODER,
         **rope("llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=BOUND),
     ),
-    "longrope": hf.Phi3Config(**{**DECODER, "num_key_value_heads": 4}, **LONGROPE),
+    # its own key comes before the one among the rope's parameters
+    "longrope": hf.Phi3Config(
+        **{**DECODER, "num_key_value_heads": 4}, **LONGROPE, original_max_position_embeddings=BOUND
+    ),
     "gemma2": hf.Gemma2Config(**DECODER, **WINDOW, attn_logit_softcapping=1.0),
     "gemma3": hf.Gemma3TextConfig(**DECODER, **WINDOW),
     "mistral": hf.MistralConfig(**DECODER, **WINDOW),
@@ -83,7 +86,8 @@ def alone(name: str, folder: Path) -> dict[str, float]:
     model, found = None, {}
     for row in rows():
         if model is None or name in BY_THE_LONGEST:
-            model = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+            dtype = torch.float32 if name == "mixtral" else torch.float64  # experts know no float64
+            model = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         ids = torch.tensor(row.input_ids, dtype=torch.long)
         with torch.no_grad():
             logps = model(ids[None], use_cache=False).logits[0].log_softmax(-1)
