@@ -23,6 +23,10 @@ MOST_ENDS = 2
 """Tokens that end one turn: the template's, and the tokenizer's own end of text after it."""
 
 SHOWN = 60
+"""Characters of a text in an error."""
+
+PLACEHOLDERS = ("[[dummy_message]]", "zzdummymessagezz")
+"""What the host puts into a turn's place to see where it stands; in a text they move its labels."""
 
 
 class TextDiffersError(Exception):
@@ -81,7 +85,7 @@ class TrainedText:
             try:
                 found.append(self._checked(conversation, row, [next(texts) for _ in row]))
             except TextDiffersError as error:
-                found.append(RowError(f"{name}: {error}"))
+                found.append(RowError(f"{name}: {error}. {_remedy(conversation)}"))
         return found
 
     def _checked(self, conversation: Conversation, segments: Sequence[Segment], texts: Sequence[str]) -> Conversation:
@@ -91,8 +95,12 @@ class TrainedText:
             places = walk("".join(texts), contents)
         except TextDiffersError:  # as this tokenizer would write them: it may normalise, and take up special tokens
             forms = [self._segments(self._encode(content)) for content in contents]
-            written = ["".join(self._decode([segment.ids for segment in form])) for form in forms]
-            own_ends = [form[-1].ends if form else 0 for form in forms]
+            pieces = [self._decode([segment.ids for segment in form]) for form in forms]
+            written = ["".join(piece) for piece in pieces]
+            own_ends = [
+                _ends_at([len(content.rstrip())], form, piece)[0]
+                for content, form, piece in zip(written, forms, pieces, strict=True)
+            ]
             texts = self._without_shared_ends(segments, texts, written)
             places = walk("".join(texts), written)
         ends = iter(
@@ -185,10 +193,18 @@ def _difference(expected: str, trained: str, what: str) -> str:
         repr(("..." if begin else "") + text[begin : begin + SHOWN]) if text else "nothing"
         for text in (expected, trained)
     ]
+    return f"what the policy is trained on is not the response: {what} is {shown[0]}, trained on is {shown[1]}"
+
+
+def _remedy(conversation: Conversation) -> str:
+    held = next((word for word in PLACEHOLDERS if any(word in turn.content for turn in conversation)), None)
+    if held is not None:
+        return (
+            f"The row holds {held!r}, by which the host finds its labels: change that word in it, or remove such rows"
+        )
     return (
-        f"what the policy is trained on is not the response: {what} is {shown[0]}, trained on is {shown[1]}. The "
-        "policy's chat template (or the prompt's format) leaves out, changes or adds something there, and references "
-        "would score another text: give the policy another `chat_template:`, or remove such rows"
+        "The policy's chat template (or the prompt's format) leaves out, changes or adds something there, and "
+        "references would score another text: give the policy another `chat_template:`, or remove such rows"
     )
 
 
