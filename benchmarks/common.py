@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ README = Path(__file__).with_name("README.md")
 MIB = 2**20
 WIDTH = 140
 SEED = 20251121
+PACKAGES = ("torch", "transformers", "axolotl", "trl")
+"""Whose versions a table names."""
 
 
 @dataclass(frozen=True)
@@ -268,7 +271,7 @@ def machine() -> str:
     if cpuinfo.exists() and (found := re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE)):
         model = found[1]
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES if find_spec(name))
     return (
         f"{datetime.now(UTC):%Y-%m-%d}, {model}, {torch.get_num_threads()} of {os.cpu_count()} cores{gpu}, {versions}; "
         f"load average at the end {os.getloadavg()[0]:.1f}"

@@ -28,7 +28,7 @@ from poft_plugin.scoring.cache import ScoreCache
 from poft_plugin.scoring.causal_lm import CausalLMScorer
 from poft_plugin.scoring.checkpoints import resolve_checkpoint
 from poft_plugin.scoring.references import reference_rewards
-from poft_plugin.scoring.run import batches
+from poft_plugin.scoring.run import batches_for
 from poft_plugin.scoring.scorer import Score
 
 SIZES = (1_000, 10_000, 100_000)
@@ -85,7 +85,7 @@ def scoring(folder: Path, count: int) -> Callable[[], Any]:
 
     def run() -> None:
         done: list[Score] = []
-        for batch in batches(rows, 1024):
+        for batch in batches_for(scorer, rows, 1024):
             done += scorer.score(batch)
         cache.write(scorer.identity, done)
 

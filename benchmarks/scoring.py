@@ -43,7 +43,7 @@ from poft_plugin.data.rows import Turn
 from poft_plugin.scoring.cache import ScoreCache
 from poft_plugin.scoring.causal_lm import CausalLMScorer
 from poft_plugin.scoring.checkpoints import resolve_checkpoint
-from poft_plugin.scoring.run import batches
+from poft_plugin.scoring.run import batches_for
 from poft_plugin.scoring.scorer import PreparedRow
 
 Rewards = dict[str, float]
@@ -167,7 +167,7 @@ def entrants(
 
 def ours(scorer: CausalLMScorer, rows: list[PreparedRow], batch_tokens: int) -> Rewards:
     """The scorer as `axolotl poft score` runs it."""
-    return {score.key: score.reward for batch in batches(rows, batch_tokens) for score in scorer.score(batch)}
+    return {score.key: score.reward for batch in batches_for(scorer, rows, batch_tokens) for score in scorer.score(batch)}
 
 
 def lm_eval_rewards(peer: Any, rows: list[PreparedRow]) -> Rewards:

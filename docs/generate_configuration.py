@@ -15,9 +15,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from poft_plugin.config import DpoKeys, ReferenceConfig, RewardModelConfig, RowFilterConfig
+from poft_plugin.config import RowFilterConfig, ScoringBlock
 from poft_plugin.hosts.axolotl.args import PoftPluginArgs
-from poft_plugin.hosts.axolotl.ranked_rows import RankedFields
+from poft_plugin.hosts.axolotl.ranked_fields import RankedFields
 from poft_plugin.methods import Method
 from poft_plugin.plugins import load_object, registry
 
@@ -36,19 +36,51 @@ def _widest(block: str) -> type[BaseModel]:
 
 
 BLOCKS: dict[str, type[BaseModel]] = {block: _widest(block) for block in dict.fromkeys(m.block for m in METHODS)}
+
+
+def _inside() -> dict[str, type[BaseModel]]:
+    """The blocks inside blocks, each described once, by the first key that takes it."""
+    found: dict[type[BaseModel], str] = {}
+    for block, outer in BLOCKS.items():
+        for name, field in outer.model_fields.items():
+            listed = get_origin(field.annotation) in (tuple, list, Sequence)
+            for model in _models(field.annotation):
+                found.setdefault(model, f"{block}.{name}{'[]' if listed else ''}")
+    return {path: model for model, path in found.items()}
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The blocks in an annotation such as `Block | None` or `tuple[Block, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models(part)]
+
+
+def _own_keys() -> dict[str, type[BaseModel]]:
+    """The models of the host's keys that methods read, each called after its first key."""
+    models: list[type[BaseModel]] = [load_object(method.keys) for method in METHODS if method.keys]
+    return {f"{next(iter(model.model_fields))} and others": model for model in models}
+
+
+def _who_reads(keys: type[BaseModel]) -> str:
+    """The methods that read a model of the host's keys, in short."""
+    return " and ".join(
+        f"`rl: {method.name}`" for method in METHODS if method.keys and load_object(method.keys) is keys
+    )
+
+
+INSIDE, OWN_KEYS = _inside(), _own_keys()
 NESTED: dict[str, type[BaseModel]] = {
-    "poft.references[]": ReferenceConfig,
-    "deft.reward_model": RewardModelConfig,
+    **INSIDE,
     "row_filters[]": RowFilterConfig,
     "datasets[]": RankedFields,
-    "rl_beta and others": DpoKeys,
+    **OWN_KEYS,
 }
 TITLES = {
-    "poft.references[]": "An entry of `poft.references:`",
-    "deft.reward_model": "`deft.reward_model:`",
+    **{path: f"An entry of `{path[:-2]}:`" if path.endswith("[]") else f"`{path}:`" for path in INSIDE},
     "row_filters[]": "An entry of `row_filters:`",
     "datasets[]": "An entry of `datasets:` with preference rows",
-    "rl_beta and others": "Top-level keys of `rl: deft_dpo`",
+    **{name: f"Top-level keys of {_who_reads(model)}" for name, model in OWN_KEYS.items()},
 }
 BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
@@ -59,6 +91,11 @@ Made from the pydantic models by `python docs/generate_configuration.py`; change
 Inside a block, a key that is not listed is an error that names the key and what is allowed. Only an entry of
 `row_filters:` takes further keys: they are the filter's own settings.
 """
+
+
+def keys_of(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """A block's keys in the order of the tables: those of scoring, which many blocks share, come last."""
+    return dict(sorted(model.model_fields.items(), key=lambda item: item[0] in ScoringBlock.model_fields))
 
 
 def top_level() -> dict[str, FieldInfo]:
@@ -85,8 +122,7 @@ def defaults() -> str:
     names = list(dict.fromkeys(name for method in varying for name in method.defaults))
     lines = [["Method", *(f"`{name}`" for name in names)], ["---"] * (1 + len(names))]
     for method in varying:
-        allowed = load_object(method.config).model_fields
-        lines.append([f"`{method.name}`", *(_default_in(method, name) if name in allowed else "-" for name in names)])
+        lines.append([f"`{method.name}`", *(_default_in(method, name) for name in names)])
     return _rows(lines)
 
 
@@ -108,7 +144,7 @@ def page() -> str:
     parts = [INTRODUCTION, "## Top level", table(top_level(), with_types=True)]
     for block, model in (BLOCKS | NESTED).items():
         title = f"## {TITLES.get(block, f'`{block}:`')}"
-        parts += [title, _summary(model), table(model.model_fields, with_types=True, block=block)]
+        parts += [title, _summary(model), table(keys_of(model), with_types=True, block=block)]
         if block == "deft":
             parts += ["### Defaults by method", "Of the keys whose default above is `null`.", defaults()]
     parts += ["## Row filters", "Registered by this package; other packages may add more.", _filters()]
@@ -121,7 +157,7 @@ def readme(text: str) -> str:
     Raises:
         ValueError: if a table's place in it is missing.
     """
-    fields = {"top level": top_level(), **{name: model.model_fields for name, model in (BLOCKS | NESTED).items()}}
+    fields = {"top level": top_level(), **{name: keys_of(model) for name, model in (BLOCKS | NESTED).items()}}
     tables = {name: table(found, with_types=False, block=name) for name, found in fields.items()}
     for name, made in {**tables, "defaults by method": defaults()}.items():
         begin, end = f"<!-- keys: {name} -->", "<!-- end of keys -->"
@@ -166,6 +202,12 @@ def _readers(block: str, key: str) -> str:
 
 
 def _default_in(method: Method, key: str) -> str:
+    """A method's default of a key: its own, else the block's; `-` where it does not read the key."""
+    fields = load_object(method.config).model_fields
+    if key not in fields or key in method.unread:
+        return "-"
+    if key not in method.defaults:
+        return default_of(fields[key])
     value = method.defaults[key]
     return "required" if value is None else _yaml(value)
 

@@ -15,7 +15,7 @@ __all__ = ["PoftPlugin", "__version__"]
 
 def __getattr__(name: str) -> Any:
     if name != "PoftPlugin":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; the plugin is {__name__}.PoftPlugin")
     try:
         from poft_plugin.hosts.axolotl.plugin import PoftPlugin
     except ImportError as error:

@@ -2,11 +2,11 @@
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import pluggy
 
@@ -25,12 +25,21 @@ OURS_ONLY = "POFT_PLUGIN_OURS_ONLY"
 
 @dataclass(frozen=True)
 class Registry:
-    """Everything registered, by name."""
+    """Everything registered, by name.
+
+    Args:
+        methods: the rl types, wrapped ones too.
+        losses: the loss types.
+        preprocessors: the dataset preprocessors.
+        row_filters: the row filters.
+        packages: who registered each rl type, by its name.
+    """
 
     methods: "dict[str, Method]" = field(default_factory=dict)
     losses: "dict[str, LossFunction]" = field(default_factory=dict)
     preprocessors: "dict[str, Preprocessor]" = field(default_factory=dict)
     row_filters: "dict[str, RowFilter]" = field(default_factory=dict)
+    packages: dict[str, str] = field(default_factory=dict)
 
 
 @cache
@@ -57,17 +66,26 @@ def registry() -> Registry:
     Raises:
         ValueError: if two packages register one name.
     """
-    found, hook = Registry(), manager().hook
-    add_method = _adder("rl type", found.methods)
-    hook.register_methods(register=lambda method: add_method(method.name, method))
-    wrappers: list[Callable[[Method], Method | None]] = []
-    hook.register_wrappers(register=wrappers.append)
-    for wrapped in [wrap(method) for wrap in wrappers for method in found.methods.values()]:
+    found = Registry()
+    methods = _Table("rl type", found.methods, found.packages)
+    for package, hook in _implementations("register_methods"):
+        hook(lambda method, package=package: methods.add(package, method.name, method))
+    wrappers: list[tuple[str, Callable[[Method], Method | None]]] = []
+    for package, hook in _implementations("register_wrappers"):
+        hook(lambda wrap, package=package: wrappers.append((package, wrap)))
+    for package, wrapped in [
+        (package, wrap(method)) for package, wrap in wrappers for method in found.methods.values()
+    ]:
         if wrapped is not None:
-            add_method(wrapped.name, wrapped)
-    hook.register_losses(register=_adder("loss", found.losses))
-    hook.register_preprocessors(register=_adder("preprocessor", found.preprocessors))
-    hook.register_row_filters(register=_adder("row filter", found.row_filters))
+            methods.add(package, wrapped.name, wrapped)
+    tables: dict[str, _Table[Any]] = {
+        "register_losses": _Table("loss", found.losses),
+        "register_preprocessors": _Table("preprocessor", found.preprocessors),
+        "register_row_filters": _Table("row filter", found.row_filters),
+    }
+    for name, table in tables.items():
+        for package, hook in _implementations(name):
+            hook(partial(table.add, package))
     return found
 
 
@@ -82,10 +100,26 @@ def load_object(path: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def _adder(kind: str, table: dict[str, Item]) -> Callable[[str, Item], None]:
-    def add(name: str, item: Item) -> None:
-        if name in table:
-            raise ValueError(f"two packages register the {kind} {name!r}; uninstall one of them")
-        table[name] = item
+@dataclass(frozen=True)
+class _Table(Generic[Item]):
+    """Registered items of one kind, and who registered them."""
 
-    return add
+    kind: str
+    items: dict[str, Item]
+    packages: dict[str, str] = field(default_factory=dict)
+
+    def add(self, package: str, name: str, item: Item) -> None:
+        if name in self.items:
+            raise ValueError(
+                f"two packages register the {self.kind} {name!r}: {self.packages[name]} and {package}; uninstall one "
+                "of them"
+            )
+        self.items[name], self.packages[name] = item, package
+
+
+def _implementations(hook: str) -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Who implements a hook: the package's name and the implementation, which takes `register`."""
+    distributions = {entry.value: entry.dist.name for entry in entry_points(group=hookspecs.GROUP) if entry.dist}
+    for found in reversed(getattr(manager().hook, hook).get_hookimpls()):  # in pluggy's own order
+        if found.argnames:  # one that takes nothing registers nothing
+            yield distributions.get(found.plugin_name, found.plugin_name), found.function

@@ -165,8 +165,7 @@ def rewards_by_hand(folder: Path, rows: Sequence[Row]) -> dict[str, list[float]]
             messages = [*prompt, {"role": "assistant", "content": text}]
             ids = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)["input_ids"]
             with torch.no_grad():
-                hidden = model.base_model(input_ids=ids)[0][0, -1]
-                scores.append(float(model.score(hidden)))
+                scores.append(float(model(input_ids=ids).logits[0, 0]))
         found[name_of(row)] = scores
     return found
 

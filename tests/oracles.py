@@ -110,9 +110,15 @@ def dpo_loss(
     beta: float,
     smoothing: float = 0.0,
     tokens: Sequence[int] = (1, 1),
+    ranks: Sequence[float] = (0, 1),
 ) -> float:
-    """Losses of one pair, chosen then rejected, from sums of log-probabilities; probabilities are written out."""
+    """Losses of one pair, chosen then rejected, from sums of log-probabilities; probabilities are written out.
+
+    A tied pair's loss is that of a policy that prefers neither.
+    """
     chosen, rejected = (ours - theirs for ours, theirs in zip(policy, reference, strict=True))
+    if ranks[0] == ranks[1]:
+        chosen = rejected = 0.0
     if kind == "ipo":
         return (chosen / tokens[0] - rejected / tokens[1] - 1 / (2 * beta)) ** 2
     if kind == "hinge":

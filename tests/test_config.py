@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import pytest
 from pydantic import Field, ValidationError
 
-from poft_plugin.config import PoftConfig, ReferenceConfig, RowFilterConfig, parse_block, settings_model
+from poft_plugin.config import PoftConfig, ReferenceConfig, RowFilterConfig, ScoringBlock, parse_block, settings_model
 
 
 def poft(**settings: Any) -> PoftConfig:
@@ -25,6 +25,7 @@ def test_defaults_are_the_papers_form() -> None:
         "include_end_of_turn": "auto",
         "keep_top_percent": 100.0,
         "keep_within": "none",
+        "on_bad_row": "error",
         "missing_scores": "score",
         "batch_tokens": None,
         "score_cache": None,
@@ -102,7 +103,7 @@ def test_a_number_that_yaml_reads_as_text_is_a_number() -> None:
         ({"missing_scores": "skip"}, r"poft\.missing_scores: .*'score' or 'error' \(given: 'skip'\)"),
         ({"batch_tokens": 0}, r"poft\.batch_tokens: .*greater than or equal to 1 \(given: 0\)"),
         ({"references": []}, r"poft\.references: empty; One or more aligned"),
-        ({"references": "org/zephyr"}, r"poft\.references: .*\(given: 'org/zephyr'\)"),
+        ({"references": 3}, r"poft\.references: expected a list of references.*\(given: 3\)"),
         ({"betta": 1}, r"poft\.betta: unknown key; allowed here: batch_tokens, beta, gamma, include_end_of_turn, keep"),
     ],
 )
@@ -200,7 +201,7 @@ def test_blocks_are_frozen() -> None:
 
 
 def test_every_key_says_what_it_is() -> None:
-    for block in (PoftConfig, ReferenceConfig, RowFilterConfig):
+    for block in (PoftConfig, ReferenceConfig, RowFilterConfig, ScoringBlock):
         assert [name for name, field in block.model_fields.items() if not field.description] == []
 
 

@@ -12,11 +12,11 @@ import yaml
 from axolotl.utils.dict import DictDefault
 
 from docs import generate_configuration
-from poft_plugin.config import DeftConfig, DpoKeys, PoftConfig, ReferenceConfig, RewardModelConfig, RowFilterConfig
-from poft_plugin.data.columns import RANKS, REFERENCE_LOGP, REFERENCE_SUM_LOGPS, SCORES
+from poft_plugin.config import DpoKeys, ReferenceConfig, RewardModelConfig, RowFilterConfig
+from poft_plugin.data.columns import RANKS, SCORES
 from poft_plugin.hosts.axolotl.checks import PREFIXES, RANKED_REFUSALS, REFUSALS, START_REFUSALS
 from poft_plugin.hosts.axolotl.entries import FAMILIES
-from poft_plugin.hosts.axolotl.ranked_rows import RANKED_TYPES, RankedFields
+from poft_plugin.hosts.axolotl.ranked_fields import RANKED_TYPES, RankedFields
 from poft_plugin.hosts.axolotl.run import take_over
 from poft_plugin.methods import Method
 from poft_plugin.report.grading import summarise_grading
@@ -47,9 +47,8 @@ def test_tables_of_keys_in_the_readme_are_fresh() -> None:
 @pytest.mark.parametrize(
     ("section", "keys"),
     [
-        ("## Keys of `poft:`", PoftConfig.model_fields),
+        *((f"## Keys of `{block}:`", model.model_fields) for block, model in generate_configuration.BLOCKS.items()),
         ("### A reference", ReferenceConfig.model_fields),
-        ("## Keys of `deft:`", DeftConfig.model_fields),
         ("### Defaults by method", [m.name for m in test_examples.BUILT_IN if m.defaults]),
         ("### The reward model", RewardModelConfig.model_fields),
         ("### A data set of preference rows", RankedFields.model_fields),
@@ -61,26 +60,24 @@ def test_every_key_is_in_the_readme(section: str, keys: list[str]) -> None:
     assert first_cells(section) == {*keys}
 
 
-def step_of(method: Method) -> Step:
-    """The step of a run with the least settings that the method asks for."""
-    block = {"references": [{"model": "NAME"}]} if method.block == "poft" else {}
-    required = {name: 1.0 for name, value in method.defaults.items() if value is None}
-    entry = {"path": "DATASET", "type": "chat_template.default" if method.ranked else "chat_template"}
-    run = take_over(DictDefault({"rl": method.name, method.block: {**block, **required}, "datasets": [entry]}))
-    assert run is not None
-    return run.step()
+def steps_of(method: Method) -> list[Step]:
+    """The steps of the runs that the example configs of a method ask for."""
+    examples = [raw for raw in map(test_examples.read, test_examples.EXAMPLES) if raw.get("rl") == method.name]
+    runs = [take_over(DictDefault(raw)) for raw in examples]
+    return [run.step() for run in runs if run is not None]
 
 
 def test_every_metric_is_in_the_readme() -> None:
     """A pair of responses through the step of every method."""
     numbers = torch.tensor([-1.0, -2.0])
-    columns = dict.fromkeys((REFERENCE_LOGP, REFERENCE_SUM_LOGPS, SCORES), numbers)
+    columns = dict.fromkeys((SCORES, *(name for m in test_examples.BUILT_IN for name in m.columns)), numbers)
     columns[RANKS] = torch.tensor([0.0, 1.0])
     counts, groups = torch.tensor([4.0, 4.0]), torch.tensor([0, 0])
     batch = SequenceBatch(numbers, counts, groups, columns, distribution_rewards=numbers)
     sums = MetricSums()
     for method in test_examples.BUILT_IN:
-        sums.add(step_of(method)(batch).metrics)
+        for step in steps_of(method):
+            sums.add(step(batch).metrics)
     each_log = {"loss", *sums.pop(lambda tensor: tensor)}
     once = Summary((Distribution("NAME", "DATASET", 1, 0.0, (0.0, 0.0, 0.0)),), {("NAME", "NAME"): 1.0}).statistics()
     graded = summarise_grading(

@@ -89,9 +89,9 @@ def toy_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 def test_what_the_project_ships_comes_in_by_its_entry_point() -> None:
     found = plugins.registry()
     assert plugins.manager().is_registered(methods)
-    assert [method.name for method in METHODS] == ["poft", "pro", "rrhf", "dpo", "sft"]
+    assert {"poft", "pro", "rrhf", "dpo", "sft"} <= {method.name for method in METHODS}
     assert all(found.methods[method.name] is method for method in METHODS)
-    assert {"poft", "pro", "rrhf", "dpo", "sft"} <= found.losses.keys()
+    assert {method.loss for method in METHODS} <= found.losses.keys()
     assert {"reference_rewards", "response_scores", "reference_sum_logps", "grades"} <= found.preprocessors.keys()
     assert {"keep_top_percent", "keep_levels"} <= found.row_filters.keys()
 
@@ -133,7 +133,7 @@ def test_a_name_that_is_taken_is_refused(hook: str, item: list[Any], kind: str) 
         register(*item)
 
     plugins.manager().register(SimpleNamespace(**{hook: hookimpl(implementation)}))
-    with pytest.raises(ValueError, match=f"two packages register the {kind}; uninstall one of them"):
+    with pytest.raises(ValueError, match=f"two packages register the {kind}: .*poft_plugin.*; uninstall one of them"):
         plugins.registry()
 
 
@@ -151,7 +151,7 @@ def registers(*items: Any, hook: str = "register_methods") -> None:
 def test_a_name_that_a_wrapped_method_takes_is_refused(ranked: bool) -> None:
     taken = replace(TOY, name="deft_dpo", ranked=ranked)
     registers(taken)
-    with pytest.raises(ValueError, match="two packages register the rl type 'deft_dpo'; uninstall one of them"):
+    with pytest.raises(ValueError, match="two packages register the rl type 'deft_dpo': .* and poft_plugin; uninstall"):
         plugins.registry()
 
 
@@ -173,6 +173,22 @@ def test_another_package_may_wrap_methods_too() -> None:
         plugins.registry()
 
 
+def test_each_rl_type_says_who_registered_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the name that `pip uninstall` takes; a wrapped form is its wrapper's."""
+    imports = ["from dataclasses import replace", "from poft_plugin.hookspecs import hookimpl"]
+    hook = ["@hookimpl", "def register_methods(register):", "    register(replace(PRO, name='toy'))"]
+    installed(tmp_path, "\n".join([*imports, "from poft_plugin.methods import PRO", *hook, ""]))
+    monkeypatch.syspath_prepend(tmp_path)
+    packages = plugins.registry().packages
+    assert packages.keys() == plugins.registry().methods.keys()
+    assert (packages["toy"], packages["deft_toy"], packages["pro"]) == ("toy-package", "poft_plugin", "poft_plugin")
+    plugins.registry.cache_clear()
+    registers(replace(TOY, name="toy"))
+    with pytest.raises(ValueError, match="two packages register the rl type 'toy': .*toy-package.*; uninstall one"):
+        plugins.registry()
+    sys.modules.pop("toy_package", None)
+
+
 def test_an_installed_package_is_found(toy_package: None) -> None:
     assert plugins.registry().losses["toy"] == "the loss"
 
@@ -181,7 +197,7 @@ def test_an_installed_package_is_found(toy_package: None) -> None:
 def test_with_ours_only_others_are_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(OURS_ONLY, "1")
     found = plugins.registry()
-    assert found.losses.keys() == {"poft", "pro", "rrhf", "dpo", "sft"}
+    assert found.losses.keys() == {method.loss for method in METHODS}
     assert found.methods.keys() == {method.name for method in SHIPPED}
     assert "toy_package" not in sys.modules
 

@@ -1,8 +1,9 @@
 """The config blocks that users write: validated once, frozen, unknown keys refused by name."""
 
-from poft_plugin.config.blocks import Block, RowFilterConfig, parse_block, settings_model
+from poft_plugin.config.blocks import Block, RowFilterConfig, entries_of, parse_block, settings_model
 from poft_plugin.config.deft import DeftConfig, DpoKeys, RankingConfig, RewardModelConfig
 from poft_plugin.config.poft import PoftConfig, ReferenceConfig
+from poft_plugin.config.scoring import ScoringBlock
 
 __all__ = [
     "Block",
@@ -13,6 +14,8 @@ __all__ = [
     "ReferenceConfig",
     "RewardModelConfig",
     "RowFilterConfig",
+    "ScoringBlock",
+    "entries_of",
     "parse_block",
     "settings_model",
 ]

@@ -92,6 +92,22 @@ def parse_block(model: type[AnyBlock], raw: Any, key: str) -> AnyBlock:
         raise ValueError("\n".join(lines)) from None
 
 
+def entries_of(raw: Any, key: str) -> list[Mapping[str, Any]]:
+    """The entries of a list of mappings; none where the key is not there.
+
+    Raises:
+        ValueError: for anything else, naming the key and what was found.
+    """
+    if raw is None:
+        return []
+    if not isinstance(raw, (list, tuple)):
+        raise ValueError(f"{key}: expected a list of entries (`- key: value`), found {raw!r}")
+    for number, entry in enumerate(raw):
+        if not isinstance(entry, Mapping) or not all(isinstance(name, str) for name in entry):
+            raise ValueError(f"{key}[{number}]: expected an entry of keys (`- key: value`), found {entry!r}")
+    return list(raw)
+
+
 def _explain(model: type[BaseModel], key: str, detail: Any) -> str:
     path = ".".join(filter(None, [key, *map(str, detail["loc"])]))
     start = f"{path}: " if path else ""  # keys at the top level that do not go together have no path
@@ -101,6 +117,8 @@ def _explain(model: type[BaseModel], key: str, detail: Any) -> str:
         return f"{path}: empty; {_description(model, detail['loc'])}"
     if detail["type"] == "missing":
         return f"{path}: missing; {_description(model, detail['loc'])}"
+    if detail["type"] == "model_type":
+        return f"{path}: expected a block of keys, found {detail['input']!r}"
     given = "" if isinstance(detail["input"], Mapping) else f" (given: {detail['input']!r})"
     return f"{start}{detail['msg'].removeprefix('Value error, ')}{given}"
 

@@ -6,6 +6,8 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from poft_plugin.config.blocks import Block
+from poft_plugin.config.poft import MOST_BETA
+from poft_plugin.config.scoring import ScoringBlock
 
 DpoLossType = Literal["sigmoid", "hinge", "ipo", "robust"]
 
@@ -17,6 +19,9 @@ class RewardModelConfig(Block):
     revision: str | None = Field(None, description="Hub revision; resolved to a commit before anything is keyed by it.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Weights' dtype; `auto`: as the checkpoint says."
+    )
+    attn_implementation: str | None = Field(
+        None, description="transformers' attention implementation; null: its own choice, or `eager` for a soft-cap."
     )
     chat_template: str | None = Field(
         None, description="null: the tokenizer's own; a file, Jinja text, or a template name of the host's."
@@ -40,7 +45,7 @@ class RewardModelConfig(Block):
         return self.model
 
 
-class RankingConfig(Block):
+class RankingConfig(ScoringBlock):
     """What plain `rl: pro` and `rl: rrhf` read of the block `deft:`."""
 
     sft_weight: float | None = Field(
@@ -59,6 +64,11 @@ class RankingConfig(Block):
         None, description="The model that scores responses; null where the data carry scores, or none are needed."
     )
 
+    @field_validator("reward_model", mode="before")
+    @classmethod
+    def _named_alone(cls, value: Any) -> Any:
+        return {"model": value} if isinstance(value, str) else value
+
 
 class DeftConfig(RankingConfig):
     """The block `deft:`, read by every `rl: deft_<method>`."""
@@ -74,15 +84,6 @@ class DeftConfig(RankingConfig):
     )
     reward_over: Literal["best", "all"] = Field(
         "best", description="Responses that the distribution reward is taken over: best | all (their mean)."
-    )
-    batch_tokens: int | None = Field(
-        None, ge=1, description="Scoring batch, in tokens (padding included); default: 8192 on a GPU, 1024 on a CPU."
-    )
-    missing_scores: Literal["score", "error"] = Field(
-        "score", description="What `axolotl train` does with responses that have no cached score: score | error."
-    )
-    score_cache: str | None = Field(
-        None, description="Folder of the score cache; default: $POFT_SCORE_CACHE, else ./poft_scores."
     )
 
     @model_validator(mode="after")
@@ -103,7 +104,7 @@ class DeftConfig(RankingConfig):
 class DpoKeys(Block):
     """The host's top-level keys that keep their meaning under `rl: deft_dpo`."""
 
-    rl_beta: float = Field(0.1, gt=0, description="DPO's beta (the host's default: 0.1).")
+    rl_beta: float = Field(0.1, gt=0, le=MOST_BETA, description="DPO's beta (the host's default: 0.1).")
     dpo_loss_type: tuple[DpoLossType, ...] = Field(
         ("sigmoid",), min_length=1, description="sigmoid | hinge | ipo | robust, or a list of them."
     )

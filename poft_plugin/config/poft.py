@@ -1,17 +1,26 @@
 """The block `poft:`."""
 
+from collections.abc import Mapping
 from pathlib import PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from poft_plugin.config.blocks import Block
+from poft_plugin.config.scoring import ScoringBlock
+
+MOST_BETA = 1000.0
+"""At that, a difference of 0.04 nats per token is a sigmoid of 1 in float32: no row is weighed any more. Above, it is a
+slip of units or of the decimal point, and the gradient grows with it."""
+
+MOST_GAMMA = 100.0
+"""In float32, exp(-100) is 0: the coefficient is 0 or beta for every row, and a larger margin changes nothing."""
 
 
 class ReferenceConfig(Block):
     """One aligned reference LLM: a model that this project scores with, or a file of scores made elsewhere."""
 
-    model: str | None = Field(None, description="Hub id or local folder of the reference.")
+    model: str | None = Field(None, description="Hub id or local folder of the reference, or a GGUF file in one.")
     scores: str | None = Field(
         None, description="Parquet file of scores made elsewhere (`row_key, reward`); nothing is loaded."
     )
@@ -24,7 +33,7 @@ class ReferenceConfig(Block):
         None, description="bitsandbytes quantization; part of the score's identity."
     )
     attn_implementation: str | None = Field(
-        None, description="transformers' attention implementation; null: its own choice."
+        None, description="transformers' attention implementation; null: its own choice, or `eager` for a soft-cap."
     )
     devices: int = Field(1, ge=1, description="GPUs per copy (device_map), for references larger than one.")
     chat_template: str | None = Field(
@@ -61,14 +70,16 @@ class ReferenceConfig(Block):
         return self.model if self.model is not None else str(self.name)
 
 
-class PoftConfig(Block):
+class PoftConfig(ScoringBlock):
     """The block `poft:`, read by `rl: poft`."""
 
     references: tuple[ReferenceConfig, ...] = Field(
         description="One or more aligned LLMs whose mean reward the policy is asked to beat.", min_length=1
     )
-    beta: float = Field(1.0, gt=0, description="Scale of policy reward minus reference reward (paper: 1).")
-    gamma: float = Field(0.0, description="Margin in logits (paper: 0).")
+    beta: float = Field(
+        1.0, gt=0, le=MOST_BETA, description="Scale of policy reward minus reference reward (paper: 1)."
+    )
+    gamma: float = Field(0.0, ge=-MOST_GAMMA, le=MOST_GAMMA, description="Margin in logits (paper: 0).")
     include_end_of_turn: Literal["auto", True, False] = Field(
         "auto",
         description="References' rewards count their own end-of-turn token: where the policy's labels hold one | "
@@ -78,15 +89,19 @@ class PoftConfig(Block):
         100.0, gt=0, le=100, description="Share of training rows kept, by preference score (Fig. 4), in percent."
     )
     keep_within: str = Field("none", description="Rank rows for `keep_top_percent` within: none | dataset | <column>.")
-    missing_scores: Literal["score", "error"] = Field(
-        "score", description="What `axolotl train` does with rows that have no cached score: score | error."
+    on_bad_row: Literal["error", "drop"] = Field(
+        "error",
+        description="A row that cannot be read, or that the policy's or a reference's chat template refuses or "
+        "changes: error | drop it.",
     )
-    batch_tokens: int | None = Field(
-        None, ge=1, description="Scoring batch, in tokens (padding included); default: 8192 on a GPU, 1024 on a CPU."
-    )
-    score_cache: str | None = Field(
-        None, description="Folder of the score cache; default: $POFT_SCORE_CACHE, else ./poft_scores."
-    )
+
+    @field_validator("references", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        many = [value] if isinstance(value, (str, Mapping)) else value
+        if not isinstance(many, (list, tuple)):
+            raise ValueError("expected a list of references, each a model or a block of keys")
+        return [{"model": entry} if isinstance(entry, str) else entry for entry in many]
 
     @model_validator(mode="after")
     def _within_what(self) -> "PoftConfig":

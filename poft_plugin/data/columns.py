@@ -12,6 +12,12 @@ ROW_NUMBER = "row_number"
 SOURCE = "source"
 """The `datasets:` entry that the row came from, as `path` (and `name`, `split` where given)."""
 
+DROPPABLE = "droppable"
+"""Whether a row which cannot be used is to be left out, as its data set or the method's block says."""
+
+LEFT_OUT = "left_out"
+"""Conversations: how many rows of the row's data set were left out, because they cannot be used."""
+
 GROUP = "group"
 """Value of the column that a filter works within, as text; present only where one is asked for."""
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel
 
-from poft_plugin.data.columns import CONVERSATION, GROUP, ROW_KEY, ROW_NUMBER, SOURCE
+from poft_plugin.data.columns import CONVERSATION, DROPPABLE, GROUP, ROW_KEY, ROW_NUMBER, SOURCE
 from poft_plugin.data.ranked import RankedSample
 from poft_plugin.data.rows import Conversation, load_conversation
 
@@ -29,10 +29,12 @@ class Rows:
             (a row may occur twice). Rows of a preference method hold a ranked sample under `conversation`, and their
             tokens under `ranked_input_ids`, `ranked_labels` and `sequence_lengths`.
         attached: per-row columns that preprocessors made, aligned with `table`.
+        in_training: `(n,)` booleans, the training rows; the others are evaluation rows alone. None: all are.
     """
 
     table: pa.Table
     attached: Columns
+    in_training: np.ndarray | None = None
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -41,6 +43,18 @@ class Rows:
     def keys(self) -> pa.ChunkedArray:
         """Row keys, strings."""
         return self.table[ROW_KEY]
+
+    @property
+    def training(self) -> np.ndarray:
+        """`(n,)` booleans: the training rows."""
+        return np.ones(len(self), dtype=bool) if self.in_training is None else self.in_training
+
+    @property
+    def droppable(self) -> np.ndarray:
+        """`(n,)` booleans: rows that are left out where they cannot be used, as their data set says."""
+        if DROPPABLE not in self.table.column_names:
+            return np.zeros(len(self), dtype=bool)
+        return np.asarray(self.table[DROPPABLE].to_numpy(), dtype=bool)
 
     @property
     def sources(self) -> np.ndarray:
@@ -174,7 +188,8 @@ class Prepared:
 
     Args:
         columns: per-row values aligned with the rows it was given, by column name; for ranked rows also arrays of
-            objects, one list per row with one number per response in the order of the data.
+            objects, one list per row with one number per response in the order of the data, or None for a row that the
+            column is not for: a set with such a row goes without the column.
         dropped: keys of rows that must not be trained or evaluated on (a reference cannot read them, say).
         statistics: numbers for the host's trackers, logged once.
         tensors: arrays that the trainer needs as a whole (DEFT's `discrepancy`), by name.

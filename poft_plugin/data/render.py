@@ -12,11 +12,11 @@ from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from poft_plugin.data.response_spans import NotFoundError, Span, find_responses, skipped_turns
 from poft_plugin.data.rows import Conversation, RowError, Turn
+from poft_plugin.data.templates import EndlessTemplateError, TemplateFailedError, render_template
 
 FIXED_DATE = datetime.date(2024, 7, 26)
 """What templates that print today's date print here: a cached score must not depend on the day it was made."""
@@ -25,8 +25,6 @@ SystemTurns = Literal["keep", "merge", "drop"]
 
 EndOfTurn = Literal["auto", True, False]
 """Whether the token that ends a response counts: where the policy's labels hold one (`Turn.ends`), always, never."""
-
-TEMPLATE_ERRORS = (TemplateError, ValueError, TypeError, KeyError, IndexError)
 
 
 @dataclass(frozen=True)
@@ -129,23 +127,21 @@ class Renderer:
         """The rendered text, or None where the template refuses what it is tried with."""
         try:
             return self._apply(turns)
-        except TEMPLATE_ERRORS:
+        except TemplateFailedError:
             return None
 
     def _apply(self, turns: Conversation) -> str:
-        text = self.tokenizer.apply_chat_template(
-            [{"role": turn.role, "content": turn.content} for turn in turns],
-            chat_template=self.chat_template,
-            tokenize=False,
-            strftime_now=FIXED_DATE.strftime,
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        return render_template(
+            self.tokenizer, messages, chat_template=self.chat_template, strftime_now=FIXED_DATE.strftime
         )
-        assert isinstance(text, str)
-        return text
 
     def _render(self, turns: Conversation, where: str) -> str:
         try:
             return self._apply(turns)
-        except TEMPLATE_ERRORS as error:
+        except EndlessTemplateError as error:
+            raise ValueError(f"{where}: the chat template of {self.name}: {error}. Correct it") from error
+        except TemplateFailedError as error:
             roles = [turn.role for turn in turns]
             hint = (
                 " Set `system_turns: merge` or `drop` for it, if it knows no system turn." if "system" in roles else ""

@@ -20,7 +20,7 @@ def raise_row_errors(errors: Sequence[str], total: int) -> None:
         RowError: if there are any.
     """
     if errors:
-        raise RowError(errors[0] + (f" ({len(errors)} of {total} rows cannot be used)" if len(errors) > 1 else ""))
+        raise RowError(f"{errors[0]} ({len(errors)} of {total} rows cannot be used)")
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from poft_plugin.attention.shared import check_shared_prompts, use_shared_attention
 from poft_plugin.data.collate import GROUP_IDS, SEQUENCE_IDS
-from poft_plugin.data.columns import ROW_INDEX, SCORES
-from poft_plugin.hosts.shared_attention import check_shared_prompts, use_shared_attention
+from poft_plugin.data.columns import ROW_INDEX, ROW_KEY, ROW_NUMBER, SCORES, SOURCE
+from poft_plugin.hosts.dropout import check_no_chance
+from poft_plugin.hosts.finite import BeforeOptimizer, FiniteSteps
 from poft_plugin.losses import LanguageModel, install_response_forward, mean_logps, response_positions, sum_logps
 from poft_plugin.losses.head import check_head
 from poft_plugin.trainers.metrics import MetricSums, merged
@@ -51,6 +53,7 @@ class SampleMeanTrainer(Trainer):
         columns: tuple[str, ...],
         discrepancy: Tensor | None = None,
         share_prompts: bool = False,
+        without_dropout: bool = False,
     ) -> None:
         """Teaches the model to answer with log-probabilities and takes the method's step.
 
@@ -60,16 +63,19 @@ class SampleMeanTrainer(Trainer):
             columns: names of the numbers that a batch carries for each sequence.
             discrepancy: `(V,)`, where the step wants distribution rewards.
             share_prompts: whether packs hold the prompt of a sample once, for all of its responses.
+            without_dropout: whether dropout was taken out of the model: checked before the first step.
         """
         self.step, self.columns, self.share_prompts = step, columns, share_prompts
         if share_prompts:
             use_shared_attention(model)
         self.parts = install_response_forward(model, discrepancy)
         self.training_sums = MetricSums()
-        self.head_checked, self.starved = False, 0
+        self.without_dropout, self.head_checked, self.starved = without_dropout, False, 0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.finite = FiniteSteps(self.accelerator, self._name_row)
+        self.add_callback(BeforeOptimizer(self._check_gradients))
         # our loss is already divided by the samples of the step: it must not be divided by the accumulation too
         self.model_accepts_loss_kwargs = True
 
@@ -86,6 +92,9 @@ class SampleMeanTrainer(Trainer):
         """
         output = self.step_output(model, inputs)
         self.training_sums.add(output.metrics)
+        self.finite.add(output.losses, _sample_indices(inputs))
+        if self.accelerator.sync_gradients:
+            self.finite.check_losses(self.state.global_step + 1)
         if num_items_in_batch is None:
             return (output.losses.mean(), {}) if return_outputs else output.losses.mean()
         loss = output.losses.sum() * self.accelerator.num_processes / num_items_in_batch
@@ -115,7 +124,28 @@ class SampleMeanTrainer(Trainer):
             check_head(model, self.parts.transform, vocabulary, device)
             if self.share_prompts:
                 check_shared_prompts(model, vocabulary, device)
+            if self.without_dropout:
+                check_no_chance(model, vocabulary, device)
             self.head_checked = True
+
+    def _check_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.accelerator.scaler is not None:
+            return  # it leaves out the step itself
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            # not its norm: DeepSpeed writes -1 for one that is not finite
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            gradients = [p.grad for p in parameters if p.grad is not None]
+        else:
+            gradients = [torch.as_tensor(self._norm)]
+        self.finite.check_gradients(self.state.global_step + 1, gradients)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        self._norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self._norm
+
+    def _name_row(self, index: int) -> str:
+        row = self.train_dataset[list(self.train_dataset[ROW_INDEX]).index(index)]
+        return f"{row[SOURCE]} row {row[ROW_NUMBER]} (key {row[ROW_KEY]})"
 
     def _get_num_items_in_batch(self, batch_samples: list[Mapping[str, Any]], device: torch.device) -> Tensor:
         """Samples in all micro-batches of the optimizer step, over all ranks."""

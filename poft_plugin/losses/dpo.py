@@ -25,6 +25,7 @@ def dpo_loss(
     loss_weights: Sequence[float] | None = None,
     label_smoothing: float = 0.0,
     num_tokens: Tensor | None = None,
+    ranks: Tensor | None = None,
 ) -> Tensor:
     r"""Weighted sum of losses of `d = log(pi / pi_ref)(chosen) - log(pi / pi_ref)(rejected)` (Eq. 5, 6).
 
@@ -32,6 +33,8 @@ def dpo_loss(
     - `hinge`: `max(0, 1 - beta d)`
     - `ipo`: `(d' - 1 / (2 beta))^2`, d' the same difference of log-ratios *per token* of each response
     - `robust`: `(-(1 - e) log sigmoid(beta d) + e log sigmoid(-beta d)) / (1 - 2 e)`, e the label smoothing
+
+    A pair of equal ranks prefers neither: its d is 0, whatever the policy says, and it has no gradient.
 
     Args:
         policy_logps: `(G, 2)`, nats: the policy's log-probabilities of the chosen and the rejected response, sums over
@@ -42,6 +45,7 @@ def dpo_loss(
         loss_weights: a factor for each; by default 1 each.
         label_smoothing: `robust`'s share of pairs that are labelled the wrong way round, in `[0, 0.5)`.
         num_tokens: `(G, 2)` response tokens, for `ipo`; a response without any counts as one.
+        ranks: `(G, 2)`, 0 for the better response; equal numbers are a tie. None where no pair is one.
 
     Returns:
         `(G,)`, dimensionless, not reduced.
@@ -54,7 +58,10 @@ def dpo_loss(
         >>> bool(torch.isclose(dpo_loss(logps, logps), torch.tensor(2.0).log()).all())
         True
 
-    Departs from the DPO paper in nothing at the defaults.
+        >>> bool(torch.isclose(dpo_loss(2 * logps, logps, ranks=torch.zeros(1, 2)), torch.tensor(2.0).log()).all())
+        True
+
+    Departs from the DPO paper in nothing at the defaults, which has no ties.
     """
     weights = [1.0] * len(loss_types) if loss_weights is None else list(loss_weights)
     _check_settings(beta, loss_types, weights, label_smoothing)
@@ -62,7 +69,8 @@ def dpo_loss(
     losses = torch.zeros_like(log_ratios[:, 0])
     for name, weight in zip(loss_types, weights, strict=True):
         scores = _per_token(log_ratios, num_tokens) if name == "ipo" else log_ratios
-        losses = losses + weight * _loss(name, scores[:, 0] - scores[:, 1], beta, label_smoothing)
+        margins = _without_ties(scores[:, 0] - scores[:, 1], ranks)
+        losses = losses + weight * _loss(name, margins, beta, label_smoothing)
     return losses
 
 
@@ -94,6 +102,14 @@ def _log_ratios(policy_logps: Tensor, reference_logps: Tensor) -> Tensor:
             "(G, 2) both: chosen, rejected"
         )
     return policy_logps - reference_logps
+
+
+def _without_ties(margins: Tensor, ranks: Tensor | None) -> Tensor:
+    if ranks is None:
+        return margins
+    if ranks.shape != (len(margins), 2):
+        raise ValueError(f"ranks: {tuple(ranks.shape)}; expected (G, 2) = {(len(margins), 2)}")
+    return margins.masked_fill(ranks[:, 0] == ranks[:, 1], 0.0)
 
 
 def _per_token(log_ratios: Tensor, num_tokens: Tensor | None) -> Tensor:

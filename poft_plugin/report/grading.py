@@ -7,15 +7,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from poft_plugin.data.discrepancy import TokenCounts
 from poft_plugin.data.grading import LEVELS
-from poft_plugin.report.console import make_console
+from poft_plugin.report.console import make_console, warn
 
 Ranked = tuple[tuple[str, float], ...]
 """Texts of tokens and their entries in the discrepancy distribution, the farthest from 0 first."""
+
+COIN_TOSSING = 0.4
+"""Share of rows whose scores contradict the label, above which scores look like coins: those disagree in half."""
+
+HINT = "Wrong chat template of the reward model, or another one's task? Run `axolotl poft score CONFIG --show 3`"
 
 
 class TopTokens(NamedTuple):
@@ -99,6 +103,15 @@ class GradingSummary:
             numbers["deft/label_disagreement"] = self.label_disagreement
         return numbers | {f"deft/{line.group}/level_a_rows": float(line.level_a) for line in self.groups}
 
+    def warnings(self) -> list[str]:
+        """What looks wrong."""
+        return [
+            f"{line.group}: labels and scores disagree in {_percent(line.label_disagreement)} of the rows, near the "
+            f"50 % of a coin: these grades say little. {HINT}"
+            for line in self.groups
+            if (line.label_disagreement or 0.0) > COIN_TOSSING
+        ]
+
 
 def summarise_grading(
     levels: np.ndarray,
@@ -170,18 +183,20 @@ def print_grading(summary: GradingSummary, console: Console | None = None) -> No
             console.print(line)
     if summary.tokens.positive or summary.tokens.negative:
         console.print(_tokens_table(summary.tokens))
+    for warning in summary.warnings():
+        warn(console, warning)
 
 
 def _grades_table(summary: GradingSummary) -> Table:
     title = f"Grades: A = top {summary.top_percent:g} %, C = bottom {summary.bottom_percent:g} %"
-    table = Table(title=f"{title}; ranked within: {escape(summary.grade_within)}")
+    table = Table(title=f"{title}; ranked within: {summary.grade_within}")
     table.add_column("data set")
     for heading in ("rows", "A", "B", "C", "5 %", "50 %", "95 %", "labels disagree", "A lost to length"):
         table.add_column(heading, justify="right")
     for line in summary.groups:
         sizes = [f"{number:,}" for number in (line.rows, line.level_a, line.level_b, line.level_c)]
         scores = [f"{value:.3f}" for value in line.quantiles]
-        table.add_row(escape(line.group), *sizes, *scores, _percent(line.label_disagreement), f"{line.level_a_lost:,}")
+        table.add_row(line.group, *sizes, *scores, _percent(line.label_disagreement), f"{line.level_a_lost:,}")
     if len(summary.groups) > 1:
         names = ("rows", "level_a", "level_b", "level_c", "level_a_lost")
         sums = [f"{sum(asdict(line)[name] for line in summary.groups):,}" for name in names]
@@ -205,7 +220,7 @@ def _tokens_table(tokens: TopTokens) -> Table:
         table.add_column(heading, justify="right" if heading == "Q_diff" else "left")
     for number in range(max(map(len, tokens))):
         cells = [side[number] if number < len(side) else None for side in tokens]
-        texts = [("", "") if cell is None else (escape(repr(cell[0])), f"{cell[1]:+.2e}") for cell in cells]
+        texts = [("", "") if cell is None else (repr(cell[0]), f"{cell[1]:+.2e}") for cell in cells]
         table.add_row(*texts[0], *texts[1])
     return table
 

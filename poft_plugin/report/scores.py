@@ -6,11 +6,10 @@ from itertools import combinations
 
 import numpy as np
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from scipy.stats import spearmanr
 
-from poft_plugin.report.console import make_console
+from poft_plugin.report.console import make_console, warn
 
 LOW_MEAN = -4.0
 """Nats per token. A well-fed reference gives the answers of a usable data set about -1; -4 says it reads noise."""
@@ -89,12 +88,12 @@ def print_summary(summary: Summary, console: Console | None = None) -> None:
         table.add_column(heading, justify="left" if heading in ("reference", "data set") else "right")
     for line in summary.distributions:
         numbers = [f"{value:.3f}" for value in (line.mean, *line.quantiles)]
-        table.add_row(escape(line.reference), escape(line.source), f"{line.rows:,}", *numbers)
+        table.add_row(line.reference, line.source, f"{line.rows:,}", *numbers)
     console.print(table)
     for (a, b), value in summary.correlations.items():
-        console.print(f"rank correlation of {escape(a)} and {escape(b)}: {value:.3f}")
+        console.print(f"rank correlation of {a} and {b}: {value:.3f}")
     for warning in summary.warnings():
-        console.print(f"[bold yellow]warning[/]: {escape(warning)}")
+        warn(console, warning)
 
 
 def _rank_correlation(a: np.ndarray, b: np.ndarray) -> float:

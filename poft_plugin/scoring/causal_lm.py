@@ -15,7 +15,9 @@ from poft_plugin.data.rows import Conversation, RowError
 from poft_plugin.losses import install_response_forward, mean_logps, response_positions
 from poft_plugin.losses.head import check_head
 from poft_plugin.losses.logps import IGNORED
-from poft_plugin.scoring.pretrained import PretrainedScorer
+from poft_plugin.scoring.loading import load_complete
+from poft_plugin.scoring.packs import lay_out, pack_inputs, predictions
+from poft_plugin.scoring.pretrained import PROBE_TOKENS, PROBE_TOLERANCE, PretrainedScorer
 from poft_plugin.scoring.scorer import Identity, PreparedRow, Score
 
 CONTRACT = "causal LM, mean log-probability of the response, version 2"
@@ -47,12 +49,26 @@ class CausalLMScorer(PretrainedScorer):
     @cached_property
     def identity(self) -> Identity:
         """What its scores depend on."""
-        return self._identity(
+        identity = self._identity(
             CONTRACT,
             quantization=self.settings.quantization,
             truncated_to=self.context_length if self.settings.on_long_row == "truncate" else None,
             include_end_of_turn=self.include_end_of_turn,
         )
+        return replace(identity, highest=0.0)
+
+    def check(self) -> None:
+        """Opens tokenizer, config and template, without weights.
+
+        Raises:
+            ValueError: for a missing template, a slow tokenizer, or settings that do not fit the model.
+        """
+        if self.checkpoint.gguf is not None and self.settings.quantization is not None:
+            raise ValueError(
+                f"{self.title}: quantization: {self.settings.quantization} cannot be had on top of a GGUF file, whose "
+                "weights are dequantised; remove it"
+            )
+        _ = self.attention, self.renderer
 
     def prepare(self, key: str, conversation: Conversation, where: str) -> PreparedRow:
         """Tokenizes a row; with `on_long_row: truncate` it is cut at its end to the context length.
@@ -61,6 +77,7 @@ class CausalLMScorer(PretrainedScorer):
             RowError: as the renderer, or if nothing of the response is left.
         """
         rendered = self.render(conversation, where)
+        self.check_ids(np.asarray(rendered.input_ids), where)
         length = self.context_length if self.settings.on_long_row == "truncate" else None
         counted = np.asarray(rendered.counted[:length], dtype=bool)
         if not counted.any():
@@ -85,12 +102,15 @@ class CausalLMScorer(PretrainedScorer):
         """Loads the weights onto `device` and the next ones that a copy takes.
 
         Raises:
-            ValueError: if the head does not give what the model's own logits say.
+            ValueError: if the checkpoint is not complete, the head does not give what the model's own logits say, or
+                a row's score depends on the rows beside it.
         """
-        model = AutoModelForCausalLM.from_pretrained(
+        model = load_complete(
+            AutoModelForCausalLM,
             self.checkpoint.location,
+            self.title,
             dtype=self.dtype,
-            attn_implementation=self.settings.attn_implementation,
+            attn_implementation=self.attention,
             quantization_config=self.quantization_config,
             **_placement(device, self.settings.devices),
             **self._source,
@@ -98,41 +118,79 @@ class CausalLMScorer(PretrainedScorer):
         parts = install_response_forward(model)
         self._model, self._device = model, device
         check_head(model, parts.transform, int(parts.head.weight.shape[0]), torch.device(device))
+        self._check_batches()
+        self._try_packs()
 
     @property
     def quantization_config(self) -> BitsAndBytesConfig | None:
         """How bitsandbytes is to shrink the weights, or None."""
         return _quantization(self.settings.quantization, self.dtype)
 
-    def score(self, batch: Sequence[PreparedRow]) -> list[Score]:
-        """Rewards of a batch of prepared rows: right-padded, the head on response positions only.
-
-        No attention mask: in a causal model no token sees the padding that comes after it, and without a mask
-        attention takes its fast way.
-        """
-        ids, labels, sequences = (tensor.to(self._device) for tensor in _padded(batch))
-        positions, targets, numbers = response_positions(labels, sequences)
+    def _scores(self, batch: Sequence[PreparedRow], *, packed: bool) -> list[Score]:
+        """Rewards of a batch of prepared rows, the head on response positions only: as a pack, or right-padded."""
+        if self.rope.forgets(max(map(len, batch))):
+            self._forget_longer_rows(int(batch[0].input_ids[0]))
         with torch.inference_mode():
-            logps = self._model(
-                input_ids=ids,
-                use_cache=False,
-                response_positions=positions,
-                response_targets=targets,
-            )
+            logps, numbers = self._packed(batch) if packed else self._padded(batch)
             rewards, counts = mean_logps(logps.double(), numbers.to(logps.device), len(batch))
         return [
             Score(row.key, reward, int(count))
             for row, reward, count in zip(batch, rewards.tolist(), counts.tolist(), strict=True)
         ]
 
+    def _packed(self, batch: Sequence[PreparedRow]) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(N,)` log-probabilities of counted tokens and their rows, what rows begin with in common read once."""
+        pack = lay_out(batch)
+        positions, targets, numbers = map(torch.from_numpy, predictions(batch, pack))
+        logps = self._model(
+            **pack_inputs(pack, self._device),
+            use_cache=False,
+            response_positions=positions.to(self._device),
+            response_targets=targets.to(self._device),
+        )
+        return logps, numbers
+
+    def _padded(self, batch: Sequence[PreparedRow]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same from a right-padded batch.
+
+        No attention mask: in a causal model no token sees the padding that comes after it, and without a mask
+        attention takes its fast way.
+        """
+        ids, labels, sequences = (tensor.to(self._device) for tensor in _padded(batch))
+        positions, targets, numbers = response_positions(labels, sequences)
+        logps = self._model(input_ids=ids, use_cache=False, response_positions=positions, response_targets=targets)
+        return logps, numbers
+
+    def _forget_longer_rows(self, token: int) -> None:
+        """Brings dynamic frequencies back to where they began, as a short row does."""
+        with torch.inference_mode():
+            self._model.base_model(input_ids=torch.tensor([[token]], device=self._device), use_cache=False)
+
+    def _check_batches(self) -> None:
+        """A row's score must be that of the row alone; few models break that (some that look at what comes after)."""
+        random = np.random.default_rng(0)
+        words = random.integers(0, self._model.get_input_embeddings().num_embeddings, PROBE_TOKENS)
+        rows = [PreparedRow("", ids, np.arange(len(ids)) > 0) for ids in (words, words[: PROBE_TOKENS // 2])]
+        alone = np.array([self._scores([row], packed=False)[0].reward for row in rows])
+        worst = float(np.abs(alone - [score.reward for score in self._scores(rows, packed=False)]).max())
+        allowed = PROBE_TOLERANCE[self.dtype] * float(np.abs(alone).max())
+        if worst > allowed:
+            raise ValueError(
+                f"{self.title}: {type(self._model).__name__}: a row's score differs by {worst:.3g} in a padded batch "
+                f"(allowed: {allowed:.3g}, in {str(self.dtype).removeprefix('torch.')}). This architecture cannot be "
+                "used"
+            )
+
     def remark(self, prepared: Sequence[PreparedRow]) -> str | None:
         """What its template leaves out: turns of the prompt, or the token that ends a response."""
         lacking = sum(row.lacks_end for row in prepared)
-        end = lacking and (
-            f"{self.title}: {lacking:,} of {len(prepared):,} rows are scored without an end-of-turn token, which the "
-            "policy is trained on: its template writes no special token there"
-        )
-        return "\n".join(filter(None, [self.skipped_remark(prepared), end])) or None
+        remarks = [self.skipped_remark(prepared)]
+        if lacking:
+            remarks.append(
+                f"{self.title}: {lacking:,} of {len(prepared):,} rows are scored without an end-of-turn token, which "
+                "the policy is trained on: its template writes no special token there"
+            )
+        return "\n".join(filter(None, remarks)) or None
 
     def flops(self, tokens: int, response_tokens: int) -> float:
         """Of one forward: `2 x parameters` per token, the head on response tokens only."""

@@ -42,8 +42,12 @@ def resolve_template(given: str | None, own: str | None, title: str) -> str | No
         return own or NAMED[given.removeprefix(FALLBACK)]
     if len(given) >= LONGEST_PATH or "{" in given:
         return given
-    if Path(given).is_file():
+    try:
         return Path(given).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{title}: chat_template {given!r}: the file cannot be read: {error}") from error
     names = ", ".join([OWN, f"{FALLBACK}NAME", *sorted(NAMED)])
     raise ValueError(
         f"{title}: chat_template {given!r}: no such file, not Jinja text, and no template's name. Names: {names}"

@@ -1,6 +1,8 @@
-"""Where a model's weights are, and what they are: a hub commit, or the content hash of a local folder."""
+"""Where a model's weights are, and what they are: a hub commit, or the content hash of a local folder or GGUF file."""
 
 import hashlib
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -20,6 +23,8 @@ from poft_plugin.scoring.cache import ScoreCache
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "config.json", "*.index.json", "*.py")
 LOCAL_PREFIXES = (".", "/", "~")
+GGUF = ".gguf"
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
 
 
 class MissingCheckpointError(ValueError):
@@ -34,25 +39,28 @@ class Checkpoint:
         location: what `from_pretrained` gets.
         commit: hub commit, or None for a local folder.
         weights: content hash of a local folder's weights and config, or None for a hub model.
+        gguf: the GGUF file at that location, where the model is one.
     """
 
     location: str
     commit: str | None
     weights: str | None
+    gguf: str | None = None
 
     @property
     def identity(self) -> dict[str, str | None]:
         """Its part of a scorer's identity: a local folder may move, its content may not change."""
         if self.commit is None:
             return {"weights": self.weights}
-        return {"model": self.location, "commit": self.commit}
+        file = {} if self.gguf is None else {"gguf_file": self.gguf}
+        return {"model": self.location, "commit": self.commit, **file}
 
 
 def resolve_checkpoint(model: str, revision: str | None, cache: ScoreCache, what: str = "reference") -> Checkpoint:
     """Finds a checkpoint and pins it.
 
     Args:
-        model: hub id or local folder.
+        model: hub id or local folder, or a GGUF file in either: `folder/model.gguf`, `owner/name/model.gguf`.
         revision: hub revision (branch, tag or commit), or None for the default branch.
         cache: keeps hashes of local weight files, so that they are read once.
         what: what the model is to the user: `reference` or `reward model`.
@@ -60,28 +68,38 @@ def resolve_checkpoint(model: str, revision: str | None, cache: ScoreCache, what
     Raises:
         MissingCheckpointError: if it is not there, with the remedy.
     """
-    folder, title = Path(model).expanduser(), f"{what} {model}"
-    if folder.is_dir():
+    path, title = Path(os.path.expanduser(model)), f"{what} {model}"
+    is_folder = os.path.isdir(path)  # unlike pathlib's, it knows names that no folder can have
+    is_gguf = path.suffix == GGUF and not is_folder
+    if is_folder or (is_gguf and os.path.isfile(path)):
         if revision is not None:
-            raise ValueError(f"{title}: `revision: {revision}` is for hub models; this is a local folder")
-        return Checkpoint(str(folder), None, _folder_hash(folder, cache, title))
-    if model.startswith(LOCAL_PREFIXES):
+            raise ValueError(f"{title}: `revision: {revision}` is for hub models; this is a local one")
+        if is_gguf:
+            return Checkpoint(str(path.parent), None, _content_hash([path], cache), path.name)
+        return Checkpoint(str(path), None, _folder_hash(path, cache, title))
+    if model.startswith(LOCAL_PREFIXES) or (is_gguf and model.count("/") < 2):
         raise MissingCheckpointError(
-            f"{title}: no such folder ({folder.absolute()}). Correct "
+            f"{title}: no such {'file' if is_gguf else 'folder'} ({path.absolute()}). Correct "
             "`model:`, or import its scores (`axolotl poft import`)"
         )
+    if is_gguf:
+        owner, name, file = model.split("/", 2)
+        return Checkpoint(f"{owner}/{name}", _hub_commit(f"{owner}/{name}", revision, title, file), None, file)
     return Checkpoint(model, _hub_commit(model, revision, title), None)
 
 
-def _hub_commit(model: str, revision: str | None, title: str) -> str:
+def _hub_commit(model: str, revision: str | None, title: str, file: str = CONFIG) -> str:
     try:
-        commit = HfApi().model_info(model, revision=revision).sha
-        if commit:
-            return commit
+        info = HfApi().model_info(model, revision=revision)
+        if info.sha:
+            _check_files({sibling.rfilename for sibling in info.siblings or ()}, title, file)
+            return info.sha
     except GatedRepoError as error:
         raise MissingCheckpointError(
             f"{title}: gated; accept its licence on the hub and log in (`hf auth login`)"
         ) from error
+    except HFValidationError as error:
+        raise MissingCheckpointError(f"{title}: neither a local folder nor the name of a hub model") from error
     except RevisionNotFoundError as error:
         raise MissingCheckpointError(f"{title}: no revision {revision!r} on the hub") from error
     except RepositoryNotFoundError as error:
@@ -90,26 +108,44 @@ def _hub_commit(model: str, revision: str | None, title: str) -> str:
         ) from error
     except (OfflineModeIsEnabled, HfHubHTTPError, httpx.HTTPError, OSError):
         pass  # no network: what was downloaded before decides
-    return _downloaded_commit(model, revision, title)
+    return _downloaded_commit(model, revision, title, file)
 
 
-def _downloaded_commit(model: str, revision: str | None, title: str) -> str:
+def _downloaded_commit(model: str, revision: str | None, title: str, file: str) -> str:
     try:
-        snapshot = snapshot_download(model, revision=revision, local_files_only=True, allow_patterns=["config.json"])
+        snapshot = Path(snapshot_download(model, revision=revision, local_files_only=True, allow_patterns=[file]))
+        names = {found.relative_to(snapshot).as_posix() for found in snapshot.rglob("*")}
+        if file not in names and ADAPTER not in names:
+            raise LocalEntryNotFoundError(f"{file} was not downloaded")
     except (LocalEntryNotFoundError, OSError, ValueError) as error:
         raise MissingCheckpointError(
             f"{title}: the hub cannot be reached and revision {revision or 'main'!r} was not downloaded "
             "before; download it (`hf download`), give a local folder, or import its scores (`axolotl poft import`)"
         ) from error
-    return Path(snapshot).name
+    _check_files(names, title, file)
+    return snapshot.name
+
+
+def _check_files(names: set[str], title: str, needed: str = CONFIG) -> None:
+    """Refuses what is no model by its file names; a repository that lists no files is left to the loader."""
+    if needed in names or not names:
+        return
+    gguf = sorted(name for name in names if name.endswith(GGUF))
+    hint = f"no {needed} in it"
+    if ADAPTER in names:
+        hint = "a LoRA adapter: merge it first (`axolotl merge-lora`), and give the merged folder as `model:`"
+    elif gguf:
+        hint += f"; a GGUF file is named itself, after the folder or repository: `.../{gguf[0]}`"
+    raise MissingCheckpointError(f"{title}: not a model folder: {hint}")
 
 
 def _folder_hash(folder: Path, cache: ScoreCache, title: str) -> str:
     files = sorted({file for pattern in WEIGHT_FILES for file in folder.glob(pattern)})
-    if not (folder / "config.json").exists():
-        adapter = (folder / "adapter_config.json").exists()
-        hint = "a LoRA adapter: merge it first (`axolotl merge-lora`)" if adapter else "no config.json in it"
-        raise MissingCheckpointError(f"{title}: not a model folder: {hint}")
+    _check_files({file.name for file in folder.iterdir()} | {"."}, title)
+    return _content_hash(files, cache)
+
+
+def _content_hash(files: Sequence[Path], cache: ScoreCache) -> str:
     known = cache.read_note("fingerprints")
     fresh: dict[str, Any] = {}
     digest = hashlib.sha256()

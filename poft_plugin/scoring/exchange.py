@@ -11,15 +11,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from pydantic import BaseModel
 
 from poft_plugin.scoring.cache import SCHEMA, Lookup, ScoreCache, atomic_file
-from poft_plugin.scoring.scorer import Identity
+from poft_plugin.scoring.scorer import ROUNDING, Identity
 
 METADATA = b"poft_plugin"
-ROUNDING = 1e-6
 EXPORTED = pa.schema(
     [("row_key", pa.string()), ("model", pa.string()), ("reward", pa.float64()), ("num_tokens", pa.int32())]
 )
+
+
+class _Metadata(BaseModel):
+    scorers: dict[str, dict[str, Any] | None]
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ def import_scores(
                 f"{foreign[0]}. `axolotl poft export --rows` lists the right ones"
             )
     for model, scores in by_model.items():
-        _store(model, scores, cache)
+        _store(model, scores, cache, highest=0.0 if log_probabilities else None)
     return {model: scores.table.num_rows for model, scores in by_model.items()}
 
 
@@ -108,7 +112,7 @@ def imported_scores(cache: ScoreCache, source: str) -> ImportedScores | None:
     note = cache.read_note("imports").get(source)
     if note is None:
         return None
-    stored = Identity(note["identity"])
+    stored = Identity(note["identity"], note.get("highest"))  # older notes have no bound
     return ImportedScores(_unique(cache.table(stored), str(cache.folder)), None if note["anonymous"] else stored)
 
 
@@ -181,18 +185,38 @@ def _read(path: Path) -> tuple[pa.Table, dict[str, Any]]:
             raise ValueError(f"{path}: no column {column!r}; it has {table.column_names}")
     if "num_tokens" not in table.column_names:
         table = table.append_column("num_tokens", pa.array(np.ones(table.num_rows), pa.int32()))
-    table = table.filter(pc.is_valid(table["reward"]))
+    table = _cast(table.filter(pc.is_valid(table["reward"])), path)
     if table["row_key"].null_count:
         raise ValueError(
             f"{path}: {table['row_key'].null_count} rows without a row key; take the keys of `export --rows`"
         )
-    try:
-        rewards = table["reward"].cast(pa.float64())
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path}: the column 'reward' must hold numbers ({error})") from error
-    table = table.set_column(table.column_names.index("reward"), "reward", rewards)
+    return table, _scorers(table, path)
+
+
+def _cast(table: pa.Table, path: Path) -> pa.Table:
+    for name in (column for column in EXPORTED.names if column in table.column_names):
+        wanted = EXPORTED.field(name).type
+        try:
+            cast = table[name].cast(wanted)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            what = "text" if wanted == pa.string() else "numbers"
+            raise ValueError(f"{path}: the column {name!r} must hold {what} ({error})") from error
+        table = table.set_column(table.column_names.index(name), name, cast)
+    return table
+
+
+def _scorers(table: pa.Table, path: Path) -> dict[str, Any]:
+    """What made the scores of each model, as the file says; nothing where it does not."""
     metadata = (table.schema.metadata or {}).get(METADATA)
-    return table, json.loads(metadata)["scorers"] if metadata else {}
+    if metadata is None:
+        return {}
+    try:
+        return _Metadata.model_validate_json(metadata).scorers
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: its metadata `{METADATA.decode()}` is damaged. Export the scores again, or write the file "
+            "without metadata"
+        ) from error
 
 
 def _check_rewards(table: pa.Table, where: str, *, log_probabilities: bool) -> None:
@@ -222,10 +246,10 @@ def _unique(table: pa.Table, where: str) -> pa.Table:
     return unique
 
 
-def _store(model: str, scores: ImportedScores, cache: ScoreCache) -> None:
+def _store(model: str, scores: ImportedScores, cache: ScoreCache, *, highest: float | None) -> None:
     """Takes scores in. A file that does not say whose they are replaces what such a file said of its rows before."""
     if scores.identity is not None:
-        identity, fresh = scores.identity, scores.table
+        identity, fresh = Identity(scores.identity.fields, highest), scores.table
         known = cache.table(identity)["row_key"]
         fresh = fresh.filter(pc.invert(pc.is_in(fresh["row_key"], value_set=known)))
     else:
@@ -235,10 +259,10 @@ def _store(model: str, scores: ImportedScores, cache: ScoreCache) -> None:
             kept = before.table.filter(pc.invert(pc.is_in(before.table["row_key"], value_set=fresh["row_key"])))
             fresh = pa.concat_tables([fresh, kept])
         content = hashlib.sha256(repr(fresh.sort_by("row_key").to_pydict()).encode()).hexdigest()
-        identity = Identity({"imported": model, "content": content})
+        identity = Identity({"imported": model, "content": content}, highest)
         known = cache.table(identity)["row_key"]
         fresh = fresh.filter(pc.invert(pc.is_in(fresh["row_key"], value_set=known)))
     if fresh.num_rows:
         cache.write_table(identity, fresh)
-    note = {"identity": dict(identity.fields), "anonymous": scores.identity is None}
+    note = {"identity": dict(identity.fields), "anonymous": scores.identity is None, "highest": highest}
     cache.update_note("imports", {model: note})

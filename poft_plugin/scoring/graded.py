@@ -32,7 +32,8 @@ def export_graded(
 
     Args:
         path: the parquet file to write, atomically.
-        parts: training rows with `scores` and `level` attached, and evaluation rows, which have no level.
+        parts: training rows with `scores` and `level` attached, and evaluation rows, which have no level; those without
+            scores are left out.
         levels: letters of the rows to write; none means all rows.
         source: whose scores they are; None for the data's own.
         texts: a column `conversation` besides.
@@ -42,7 +43,8 @@ def export_graded(
         key, as `axolotl poft import` asks for it.
     """
     model = "data" if source is None else source.settings.source
-    lines = [(model, *line) for rows in parts for index in _chosen(rows, levels) for line in _responses(rows, index)]
+    scored = [rows for rows in parts if SCORES in rows.attached]
+    lines = [(model, *line) for rows in scored for index in _chosen(rows, levels) for line in _responses(rows, index)]
     schema = EXPORTED.append(pa.field("conversation", pa.string())) if texts else EXPORTED
     columns = list(zip(*lines, strict=True)) or [()] * len(schema)
     identity = None if source is None or source.identity is None else dict(source.identity.fields)

@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from poft_plugin.data.preparation import Rows, RunContext
+from poft_plugin.data.rows import RowError
 from poft_plugin.scoring.cache import Lookup, ScoreCache
-from poft_plugin.scoring.run import accelerator, batches, default_batch_tokens
+from poft_plugin.scoring.run import accelerator, batches_for, default_batch_tokens
 from poft_plugin.scoring.scorer import PreparedRow, Scorer
 from poft_plugin.scoring.sources import Source
 
@@ -101,10 +102,17 @@ def plan_scoring(scorer: Scorer, rows: Rows, lookup: Lookup) -> tuple[ScoringPla
         The plan, and the prepared rows that it would score.
 
     Raises:
-        RowError: for a row that it cannot render.
+        RowError: for a row that it cannot render, unless its data set leaves such rows out.
     """
-    missing, known_long = np.flatnonzero(lookup.missing), int(lookup.too_long.sum())
-    prepared = [scorer.prepare_row(rows, int(index)) for index in missing]
+    known_long, known_refused, droppable = int(lookup.too_long.sum()), lookup.refused & rows.droppable, rows.droppable
+    missing = np.flatnonzero(lookup.missing | (lookup.refused & ~droppable))
+    prepared = []
+    for index in map(int, missing):
+        try:
+            prepared.append(scorer.prepare_row(rows, index))
+        except RowError:
+            if not droppable[index]:
+                raise
     context = scorer.context_length
     fitting = [row for row in prepared if context is None or len(row) <= context]
     tokens, response = sum(map(len, fitting)), int(sum(row.counted.sum() for row in fitting))
@@ -112,7 +120,7 @@ def plan_scoring(scorer: Scorer, rows: Rows, lookup: Lookup) -> tuple[ScoringPla
         name=scorer.name,
         location=_location(scorer),
         rows=len(rows),
-        cached=len(rows) - len(missing) - known_long,
+        cached=len(rows) - len(missing) - known_long - int(known_refused.sum()),
         to_score=len(fitting),
         too_long=known_long + len(prepared) - len(fitting),
         tokens=tokens,
@@ -136,9 +144,9 @@ def probe(
         run: this process.
     """
     device = accelerator(run, scorer.devices)
-    every = list(batches(prepared, batch_tokens or default_batch_tokens(device)))
-    picked = [every[int(i)] for i in np.unique(np.linspace(0, len(every) - 1, count).astype(int))]
     scorer.load(device)
+    every = list(batches_for(scorer, prepared, batch_tokens or default_batch_tokens(device)))
+    picked = [every[int(i)] for i in np.unique(np.linspace(0, len(every) - 1, count).astype(int))]
     scorer.score(picked[0])
     start = time.perf_counter()
     for batch in picked:

@@ -48,6 +48,44 @@ def last_hidden(hidden: Tensor, mask: Tensor) -> Tensor:
     return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(dim=1) - 1]
 
 
+def pooled_hidden(hidden: Tensor, ids: Tensor, mask: Tensor, padding: int | None) -> Tensor:
+    """Hidden state that transformers' sequence classifiers pool from a row alone: its last token that is no padding.
+
+    They know padding by its id. Where a row ends with that token (a padding token that is the end-of-turn token, as
+    TRL sets it), they were trained on the token before, and it is that one here; where nothing else is in a row, the
+    first.
+
+    Args:
+        hidden: `(B, L, D)`.
+        ids: `(B, L)`.
+        mask: `(B, L)`, 1 on a row's tokens, padding on the right.
+        padding: `pad_token_id` of the config; None where it names none: the row's last token.
+
+    Returns:
+        `(B, D)`.
+
+    Examples:
+        >>> hidden = torch.arange(8.0).view(2, 4, 1)
+        >>> ids, mask = torch.tensor([[5, 6, 2, 2], [5, 6, 7, 8]]), torch.tensor([[1, 1, 1, 0], [1, 1, 1, 0]])
+        >>> [pooled_hidden(hidden, ids, mask, padding).flatten().tolist() for padding in (2, None)]
+        [[1.0, 6.0], [2.0, 6.0]]
+    """
+    counted = mask.bool() if padding is None else mask.bool() & (ids != padding)
+    positions = (torch.arange(ids.shape[1], device=ids.device) * counted).argmax(dim=1).to(hidden.device)
+    return hidden[torch.arange(len(hidden), device=hidden.device), positions]
+
+
+def pooled_position(ids: np.ndarray, padding: int | None) -> int:
+    """The position that `pooled_hidden` takes in one row.
+
+    Examples:
+        >>> [pooled_position(np.array([5, 6, 2]), padding) for padding in (2, None)]
+        [1, 2]
+    """
+    counted = np.flatnonzero(np.ones(len(ids), bool) if padding is None else ids != padding)
+    return int(counted[-1]) if len(counted) else 0
+
+
 def mean_hidden(hidden: Tensor, mask: Tensor) -> Tensor:
     """Mean of each row's hidden states over its real tokens.
 
@@ -86,3 +124,15 @@ def linear(pooled: Tensor, head: nn.Linear) -> Tensor:
     """
     logits = pooled.to(head.weight.device).double() @ head.weight.double().T
     return logits if head.bias is None else logits + head.bias.double()
+
+
+def right_end(ids: np.ndarray, length: int, *, keep_first: bool) -> np.ndarray:
+    """Positions of the last `length` tokens, the first one of the row in the place of the first of these if asked.
+
+    Examples:
+        >>> [right_end(np.arange(7), 3, keep_first=keep).tolist() for keep in (False, True)]
+        [[4, 5, 6], [0, 5, 6]]
+    """
+    positions = np.arange(len(ids) - length, len(ids))
+    positions[:1] *= not keep_first
+    return positions

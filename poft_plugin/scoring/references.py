@@ -66,7 +66,7 @@ def _open(reference: ReferenceConfig, settings: PoftConfig, cache: ScoreCache) -
 
     def make(checkpoint: Checkpoint) -> CausalLMScorer:
         scorer = CausalLMScorer(reference, checkpoint, settings.include_end_of_turn)
-        _ = scorer.renderer  # refuses a missing template or a slow tokenizer now
+        scorer.check()
         return scorer
 
     return open_source(reference, make, cache, kind=KIND)

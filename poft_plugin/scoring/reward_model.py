@@ -13,22 +13,21 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from poft_plugin.config import RewardModelConfig
 from poft_plugin.data.render import Renderer
 from poft_plugin.data.rows import Conversation, RowError
+from poft_plugin.scoring.loading import load_complete
 from poft_plugin.scoring.neox_reward_model import CHAT_TEMPLATE, ROLE_TOKENS, NeoXRewardConfig, NeoXRewardModel
-from poft_plugin.scoring.pooling import last_hidden, linear, right_padded
+from poft_plugin.scoring.packs import lay_out, pack_inputs
+from poft_plugin.scoring.pooling import linear, pooled_hidden, pooled_position, right_end, right_padded
 from poft_plugin.scoring.pretrained import PretrainedScorer
+from poft_plugin.scoring.reward_heads import check_one_label, completed_config, is_openrlhf, readable_tokens
+from poft_plugin.scoring.reward_probe import check_alike, own_scores, probe_sequences
 from poft_plugin.scoring.scorer import Identity, PreparedRow, Score
 
-CONTRACT = "reward model, logit of the one label, version 1"
+CONTRACT = "reward model, logit of the one label, version 2"
 
-OFFSET_POSITIONS = frozenset(
-    {"camembert", "data2vec-text", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta",
-     "xlm-roberta-xl", "xmod"}
-)  # fmt: skip
-"""Model types whose first `pad_token_id + 1` positions are never a token's."""
+PROBE_ROWS = 4
+"""Rows of the data, the shortest ones, that weights are tried on besides made-up ones."""
 
-PROBE_TOKENS = 12
-PROBE_TOLERANCE = {torch.float32: 0.01, torch.float16: 0.02, torch.bfloat16: 0.1}
-"""Of the largest score in the probe. A wrong pooling is off by as much as scores differ from row to row."""
+HEADLESS = "Use a checkpoint that was trained as a reward model"
 
 
 @dataclass
@@ -43,6 +42,8 @@ class RewardModelScorer(PretrainedScorer):
     settings: RewardModelConfig
     _cut: set[str] = field(default_factory=set, init=False, repr=False)
     _cut_responses: set[str] = field(default_factory=set, init=False, repr=False)
+    _seen: list[np.ndarray] = field(default_factory=list, init=False, repr=False)
+    _renamed: dict[str, str] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def kind(self) -> str:
@@ -56,7 +57,8 @@ class RewardModelScorer(PretrainedScorer):
         stored, _ = PreTrainedConfig.get_config_dict(location, revision=revision)
         if stored.get("model_type") == NeoXRewardConfig.model_type:
             return NeoXRewardConfig.from_pretrained(location, revision=revision)
-        return super().config
+        config, self._renamed = completed_config(super().config, self.checkpoint, self.title)
+        return config
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -99,7 +101,13 @@ class RewardModelScorer(PretrainedScorer):
             ValueError: if the checkpoint is no reward model with one label, has no chat template or no fast tokenizer,
                 or `max_length` is above its context.
         """
+        if self.checkpoint.gguf is not None:
+            raise ValueError(
+                f"{self.title}: a GGUF file, which holds a language model and no score head. Give the folder or "
+                "repository that the reward model was published in"
+            )
         self._check_architecture()
+        _ = self.attention
         if self._positions is not None and (self.settings.max_length or 0) > self._positions:
             raise ValueError(
                 f"{self.title}: max_length: {self.settings.max_length} is above the {self._positions} tokens that the "
@@ -115,10 +123,12 @@ class RewardModelScorer(PretrainedScorer):
         """
         rendered = self.render(conversation, where)
         ids, counted = np.asarray(rendered.input_ids, dtype=np.int32), np.asarray(rendered.counted, dtype=bool)
+        self.check_ids(ids, where)
         whole = PreparedRow(key, ids, counted, rendered.skipped)
         if self.max_length is None or len(whole) <= self.max_length:
+            self._seen = sorted([*self._seen, ids], key=len)[:PROBE_ROWS]
             return whole
-        kept = _right_end(ids, self.max_length, keep_first=int(ids[0]) in self._beginnings)
+        kept = right_end(ids, self.max_length, keep_first=int(ids[0]) in self._beginnings)
         row = PreparedRow(key, ids[kept], counted[kept], rendered.skipped)
         if counted.any() and not row.counted.any():
             raise RowError(
@@ -154,31 +164,54 @@ class RewardModelScorer(PretrainedScorer):
                 are not the model's own.
         """
         source = {"revision": self._source["revision"]} if self._is_neox else self._source
-        model_class: Any = NeoXRewardModel if self._is_neox else AutoModelForSequenceClassification
-        model, report = model_class.from_pretrained(
+        renamed = {"key_mapping": self._renamed} if self._renamed else {}
+        model = load_complete(
+            NeoXRewardModel if self._is_neox else AutoModelForSequenceClassification,
             self.checkpoint.location,
+            self.title,
+            remedy=HEADLESS,
             config=self.config,
             dtype=self.dtype,
             device_map={"": device},
-            output_loading_info=True,
+            attn_implementation=self.attention,
+            **renamed,
             **source,
         )
-        missing = sorted(report["missing_keys"])
-        if missing:
-            raise ValueError(
-                f"{self.title}: its checkpoint lacks {len(missing)} weights, {missing[0]} among them, which would be "
-                "random. Use a checkpoint that was trained as a reward model"
-            )
         self._model, self._device = model.eval(), device
         self._check_scores()
+        if self._is_neox or isinstance(self._linear_head, nn.Linear):
+            self._try_packs()
 
-    def score(self, batch: Sequence[PreparedRow]) -> list[Score]:
-        """Rewards of a batch of prepared rows: right-padded, masked, each row's own last token (or mean) pooled."""
-        ids, mask = right_padded([row.input_ids for row in batch], filler=0)
-        return [
-            Score(row.key, reward, len(row))
-            for row, reward in zip(batch, self._rewards(ids, mask).tolist(), strict=True)
-        ]
+    def _scores(self, batch: Sequence[PreparedRow], *, packed: bool) -> list[Score]:
+        """Rewards of a batch of prepared rows, each row's own last token (or mean) pooled: as a pack, or padded."""
+        if packed:
+            rewards = self._packed_rewards(batch)
+        else:
+            rewards = self._rewards(*right_padded([row.input_ids for row in batch], filler=self._filler))
+        return [Score(row.key, reward, len(row)) for row, reward in zip(batch, rewards.tolist(), strict=True)]
+
+    def _packed_rewards(self, batch: Sequence[PreparedRow]) -> Tensor:
+        """`(B,)`: what rows begin with in common is read once, and then pooled for each of them."""
+        pack = lay_out(batch)
+        with torch.inference_mode():
+            hidden = self._model.base_model(**pack_inputs(pack, self._device), use_cache=False)[0][0]
+            places = [torch.from_numpy(row).to(hidden.device) for row in pack.places]
+            if self._is_neox and self._pooling == "mean":
+                pooled = torch.stack([hidden[place].float().mean(0) for place in places])
+            else:
+                pooled = hidden[
+                    torch.stack([place[self._pooled(row)] for row, place in zip(batch, places, strict=True)])
+                ]
+            return linear(pooled, self._linear_head)[:, 0]
+
+    def _pooled(self, row: PreparedRow) -> int:
+        """The position in a row that its score is made of."""
+        return len(row) - 1 if self._is_neox else pooled_position(row.input_ids, self._padding)
+
+    @property
+    def _linear_head(self) -> Any:
+        """The layer that makes a score of a pooled state, where the model has one by the usual name."""
+        return self._model.out_proj if self._is_neox else getattr(self._model, "score", None)
 
     def _rewards(self, ids: Tensor, mask: Tensor) -> Tensor:
         """`(B,)`. A decoder's linear head is applied here; other heads pool in ways of their own."""
@@ -190,55 +223,26 @@ class RewardModelScorer(PretrainedScorer):
                 logits: Tensor = model(input_ids=ids, attention_mask=mask).logits
                 return logits[:, 0].double()
             hidden = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)[0]
-            return linear(last_hidden(hidden, mask), head)[:, 0]
+            return linear(pooled_hidden(hidden, ids, mask, self._padding), head)[:, 0]
 
     def _check_scores(self) -> None:
-        rows, filler = self._probe()
-        together = self._rewards(*right_padded(rows, filler=filler))
+        filler, special = self._filler, {*self.tokenizer.all_special_ids, self.config.get_text_config().pad_token_id}
+        known = int(self._model.get_input_embeddings().num_embeddings)
+        last = filler if isinstance(getattr(self._model, "score", None), nn.Linear) else None
+        rows = [*probe_sequences(known, special, self.max_length, last), *self._seen]
         alone = torch.cat([self._rewards(*right_padded([row], filler=filler)) for row in rows])
-        with torch.inference_mode():
-            own = torch.cat(
-                [self._model(input_ids=right_padded([row], 0)[0].to(self._device)).logits[:, 0] for row in rows]
-            )
-        allowed = PROBE_TOLERANCE[self.dtype] * float(alone.abs().max())
-        for other, what in ((together, "in a padded batch"), (own.double(), "from the model's own forward")):
-            worst = float((alone - other).abs().max())
-            if not worst <= allowed:
-                raise ValueError(
-                    f"{self.title}: {type(self._model).__name__}: a row's score differs by {worst:.3g} {what} "
-                    f"(allowed: {allowed:.3g}, in {str(self.dtype).removeprefix('torch.')}); what its head does is not "
-                    "known here. This architecture cannot be used"
-                )
-
-    def _probe(self) -> tuple[list[np.ndarray], int]:
-        """Rows of two lengths without special tokens, and what to pad them with: a word like any other."""
-        special = set(self.tokenizer.all_special_ids) | {self.config.get_text_config().pad_token_id}
-        words = [i for i in range(self._model.get_input_embeddings().num_embeddings) if i not in special][:1000]
-        long = min(PROBE_TOKENS, self.max_length or PROBE_TOKENS)
-        random = np.random.default_rng(0)
-        return [random.choice(words, size) for size in (long, long // 2) * 3], words[-1]
+        others = {
+            "in a padded batch": self._rewards(*right_padded(rows, filler=filler)),
+            "from the model's own forward": own_scores(self._model, rows, self._padding, self._device),
+        }
+        check_alike(alone, others, self.dtype, f"{self.title}: {type(self._model).__name__}")
 
     def _check_architecture(self) -> None:
         if self._is_neox:
             if self._pooling not in ("mean", "last"):
                 raise ValueError(f"{self.title}: pooling {self._pooling!r} in its config.json; known are mean and last")
             return
-        named = self.config.architectures or []
-        own_code = self.settings.trust_remote_code and "AutoModelForSequenceClassification" in (
-            getattr(self.config, "auto_map", None) or {}
-        )
-        if named and not own_code and not any(name.endswith("ForSequenceClassification") for name in named):
-            raise ValueError(
-                f"{self.title} ({self.settings.model}): a {', '.join(named)}, no reward model; its head would be "
-                "random. Give a sequence classifier with one label (`...ForSequenceClassification`)"
-            )
-        if self.config.is_encoder_decoder:
-            raise ValueError(f"{self.title}: an encoder-decoder; use a decoder or an encoder with a one-label head")
-        if self.config.num_labels != 1:
-            raise ValueError(
-                f"{self.title}: a reward model with several labels ({self.config.num_labels}); which of them is the "
-                "reward is not known. Use a model with one label (`num_labels: 1` in its config.json)"
-            )
+        check_one_label(self.config, self.settings, self.title)
 
     def _default_template(self) -> str:
         tokens = [ROLE_TOKENS["user"], ROLE_TOKENS["assistant"]]
@@ -264,31 +268,29 @@ class RewardModelScorer(PretrainedScorer):
         return isinstance(self.config, NeoXRewardConfig)
 
     @property
+    def _padding(self) -> int | None:
+        """The id that its own pooling passes over; None where it pools the last token, whichever it is."""
+        if is_openrlhf(self.config):
+            return None
+        padding: int | None = self.config.get_text_config().pad_token_id
+        return padding
+
+    @property
+    def _filler(self) -> int:
+        """An id to pad batches with: the model's own, where its weights have a row for it."""
+        own = self.config.get_text_config().pad_token_id
+        return own if own is not None and 0 <= own < self.config.get_text_config().vocab_size else 0
+
+    @property
     def _pooling(self) -> str:
         return self.config.pooling or "last"
 
     @cached_property
     def _positions(self) -> int | None:
         """Tokens that the model can read; None where its config names no bound."""
-        config = self.config.get_text_config()
-        bound = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-        if bound is not None and config.model_type in OFFSET_POSITIONS:
-            bound -= (config.pad_token_id or 0) + 1
-        return bound
+        return readable_tokens(self.config.get_text_config())
 
     @cached_property
     def _beginnings(self) -> set[int | None]:
         """Ids that begin a text, before its first word."""
         return {self.tokenizer.bos_token_id, self.tokenizer.cls_token_id}
-
-
-def _right_end(ids: np.ndarray, length: int, *, keep_first: bool) -> np.ndarray:
-    """Positions of the last `length` tokens, the first one of the row in the place of the first of these if asked.
-
-    Examples:
-        >>> [_right_end(np.arange(7), 3, keep_first=keep).tolist() for keep in (False, True)]
-        [[4, 5, 6], [0, 5, 6]]
-    """
-    positions = np.arange(len(ids) - length, len(ids))
-    positions[:1] *= not keep_first
-    return positions

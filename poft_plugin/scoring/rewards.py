@@ -7,7 +7,7 @@ import pyarrow as pa
 from pydantic import BaseModel
 
 from poft_plugin.config import DeftConfig, RankingConfig, RewardModelConfig
-from poft_plugin.data.columns import CONVERSATION, ORDER, RANKS, ROW_KEY, ROW_NUMBER, SCORES, SOURCE
+from poft_plugin.data.columns import CONVERSATION, DROPPABLE, ORDER, RANKS, ROW_KEY, ROW_NUMBER, SCORES, SOURCE
 from poft_plugin.data.groups import ragged
 from poft_plugin.data.preparation import Prepared, Rows, RunContext
 from poft_plugin.data.ranked import RankedSample, dense_ranks
@@ -24,7 +24,8 @@ def response_scores(rows: Rows, settings: BaseModel, run: RunContext) -> Prepare
     """Attaches `ranks`, and where anything depends on them `scores` (and `order`), one number per response.
 
     Args:
-        rows: unique ranked rows.
+        rows: unique ranked rows. Evaluation rows are graded by nothing: scores that do not make the order are not
+            asked for there.
         settings: the block `deft:`.
         run: this process; scoring is shared among all, without collectives.
 
@@ -34,19 +35,32 @@ def response_scores(rows: Rows, settings: BaseModel, run: RunContext) -> Prepare
     """
     assert isinstance(settings, RankingConfig)
     samples = [rows.sample(index) for index in range(len(rows))]
-    # evaluation grades nothing: there, scores that do not make the order are not asked for
-    needed = _order_needs_scores(settings) if run.purpose == "evaluate" else needs_scores(settings)
-    if not needed:
-        return Prepared({RANKS: ragged([list(sample.ranks) for sample in samples])})
+    by_label = [list(sample.ranks) for sample in samples]
+    # `axolotl evaluate` grades nothing, not even the training rows
+    needed = rows_to_score(rows, settings) & (run.purpose != "evaluate" or _order_needs_scores(settings))
+    wanted = np.flatnonzero(needed)
+    if not len(wanted):
+        return Prepared({RANKS: ragged(by_label)})
+    asked, subset = [samples[index] for index in wanted], Rows(rows.table.take(pa.array(wanted)), {})
     if settings.reward_model is None:
-        scores = _scores_of_the_data(samples, rows)
+        found, dropped = _scores_of_the_data(asked, subset), frozenset[str]()
     else:
-        scores = _scores_of_the_model(samples, rows, settings, run)
+        found, dropped = _scores_of_the_model(asked, subset, settings, run)
+    scores = np.full(len(rows), None, dtype=object)
+    scores[wanted] = ragged(found)
     if settings.rank_by == "label":
-        return Prepared({SCORES: ragged(scores), RANKS: ragged([list(sample.ranks) for sample in samples])})
-    order = [sorted(range(len(row)), key=lambda index, row=row: -row[index]) for row in scores]  # type: ignore[misc]
-    ranks = [list(dense_ranks(row)) for row in scores]
-    return Prepared({SCORES: ragged(scores), RANKS: ragged(ranks), ORDER: ragged(order)})
+        return Prepared({SCORES: scores, RANKS: ragged(by_label)}, dropped)
+    order = [sorted(range(len(row)), key=lambda index, row=row: -row[index]) for row in found]  # type: ignore[misc]
+    return Prepared(
+        {SCORES: scores, RANKS: ragged([list(dense_ranks(row)) for row in found]), ORDER: ragged(order)}, dropped
+    )
+
+
+def rows_to_score(rows: Rows, settings: RankingConfig) -> np.ndarray:
+    """`(n,)` booleans: the rows whose responses need scores; the training rows alone unless scores make the order."""
+    if _order_needs_scores(settings):
+        return np.ones(len(rows), dtype=bool)
+    return rows.training & needs_scores(settings)
 
 
 def needs_scores(settings: RankingConfig) -> bool:
@@ -107,11 +121,13 @@ def response_rows(samples: Sequence[RankedSample], rows: Rows) -> tuple[Rows, li
     """
     keys: list[list[str]] = []
     texts: dict[str, tuple[str, int]] = {}
+    strict, droppable = set[str](), rows.droppable
     for number, sample in enumerate(samples):
         conversations = [sample.conversation(index) for index in range(len(sample.responses))]
         keys.append([row_key(conversation) for conversation in conversations])
         for key, conversation in zip(keys[-1], conversations, strict=True):
             texts.setdefault(key, (dump_conversation(conversation), number))
+            strict.update([key] if not droppable[number] else [])
     first = pa.array([number for _, number in texts.values()], pa.int64())
     table = pa.table(
         {
@@ -119,14 +135,10 @@ def response_rows(samples: Sequence[RankedSample], rows: Rows) -> tuple[Rows, li
             CONVERSATION: pa.array([text for text, _ in texts.values()], pa.string()),
             SOURCE: rows.table[SOURCE].take(first),
             ROW_NUMBER: rows.table[ROW_NUMBER].take(first),
+            DROPPABLE: pa.array([key not in strict for key in texts], pa.bool_()),
         }
     )
     return Rows(table, {}), keys
-
-
-def scoring_settings(settings: RankingConfig) -> DeftConfig:
-    """The scoring keys of the block; plain `pro` and `rrhf` have their defaults."""
-    return settings if isinstance(settings, DeftConfig) else DeftConfig.model_validate({})
 
 
 def _order_needs_scores(settings: RankingConfig) -> bool:
@@ -135,7 +147,7 @@ def _order_needs_scores(settings: RankingConfig) -> bool:
 
 def _open_if_needed(settings: RankingConfig) -> None:
     if settings.reward_model is not None and needs_scores(settings):
-        open_reward_model(settings.reward_model, ScoreCache(cache_folder(scoring_settings(settings).score_cache)))
+        open_reward_model(settings.reward_model, ScoreCache(cache_folder(settings.score_cache)))
 
 
 def _scores_of_the_data(samples: Sequence[RankedSample], rows: Rows) -> list[list[float]]:
@@ -143,26 +155,34 @@ def _scores_of_the_data(samples: Sequence[RankedSample], rows: Rows) -> list[lis
     if without:
         raise ValueError(
             f"{rows.where(without[0])}: no scores in the row ({len(without)} such rows), and no `deft.reward_model` to "
-            "make them. Name a reward model, give a `scores` list (`field_scores:`), or set `train_on: all` and "
-            "`omega: 0`"
+            "make them. Name a reward model, or the scores (`field_scores: scores`, or `field_scores: [score_chosen, "
+            "score_rejected]`), or set `train_on: all` and `omega: 0`"
         )
     return [list(sample.scores or ()) for sample in samples]
 
 
 def _scores_of_the_model(
     samples: Sequence[RankedSample], rows: Rows, settings: RankingConfig, run: RunContext
-) -> list[list[float]]:
+) -> tuple[list[list[float]], frozenset[str]]:
+    """Scores, and the keys of rows that are to be left out, since the model cannot read them."""
     assert settings.reward_model is not None
-    scoring = scoring_settings(settings)
-    cache = ScoreCache(cache_folder(scoring.score_cache))
+    cache = ScoreCache(cache_folder(settings.score_cache))
     source = open_reward_model(settings.reward_model, cache)
     if run.rank == 0:
         check_revisions([source], cache, update=run.purpose in ("preprocess", "score"))
     responses, keys = response_rows(samples, rows)
-    (lookup,) = score_all([source], responses, cache, settings=scoring, run=run)
+    (lookup,) = score_all([source], responses, cache, settings=settings, run=run)
     reward_of = dict(zip(responses.keys.to_pylist(), lookup.rewards.tolist(), strict=True))
+    refused = set(responses.keys.filter(pa.array(lookup.refused)).to_pylist())
     scores = [[reward_of[key] for key in row] for row in keys]
+    dropped = {index: rows.keys[index].as_py() for index, row in enumerate(keys) if refused & {*row}}
     for index, row in enumerate(scores):
-        if not np.isfinite(row).all():
+        if index not in dropped and not np.isfinite(row).all():
             raise ValueError(f"{rows.where(index)}: the {KIND} {source.label!r} gives the scores {row}; not finite")
-    return scores
+    if dropped and run.rank == 0:
+        print(
+            f"{len(dropped)} of {len(rows)} rows left out (on_unusable_row: drop), which the {KIND} {source.label!r} "
+            f"cannot read; the first: {rows.where(min(dropped))}",
+            flush=True,
+        )
+    return scores, frozenset(dropped.values())

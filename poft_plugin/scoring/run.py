@@ -6,7 +6,7 @@ every now and then (so that little is lost when it is stopped), and then waits u
 
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,8 @@ from poft_plugin.data.preparation import Rows, RunContext
 from poft_plugin.data.rows import RowError, raise_row_errors
 from poft_plugin.report.console import progress
 from poft_plugin.scoring.board import Board
-from poft_plugin.scoring.cache import Lookup, ScoreCache
+from poft_plugin.scoring.cache import REFUSED, Lookup, ScoreCache
+from poft_plugin.scoring.packs import pack_batches
 from poft_plugin.scoring.scorer import PreparedRow, Score, Scorer
 
 FLUSH_SECONDS = 30.0
@@ -58,24 +59,31 @@ def prepare_missing(scorer: Scorer, rows: Rows, cache: ScoreCache, share: Share)
     Args:
         scorer: not loaded.
         rows: unique rows.
-        cache: where scores are looked up; rows that are too long are noted there.
+        cache: where scores are looked up; rows that are too long, or left out because they cannot be read, are noted
+            there.
         share: this process's part.
 
     Returns:
         The rows that fit the scorer's context.
 
     Raises:
-        RowError: for a row that cannot be scored, or that is too long where such rows are not to be dropped.
+        RowError: for a row that cannot be scored, or that is too long, where such rows are not to be dropped.
     """
-    missing = np.flatnonzero(cache.lookup(scorer.identity, rows.keys).missing)
+    lookup = cache.lookup(scorer.identity, rows.keys)
+    missing = np.flatnonzero(lookup.missing | (lookup.refused & ~rows.droppable))
     mine = [int(index) for index in missing if share.holds(rows.keys[int(index)].as_py())]
-    prepared, errors = [], []
+    prepared, errors, droppable = [], {}, rows.droppable
     for index in progress(mine, description=f"{scorer.name}: tokens"):
         try:
             prepared.append(scorer.prepare_row(rows, index))
         except RowError as error:
-            errors.append(str(error))
-    raise_row_errors(errors, len(mine))
+            errors[index] = str(error)
+    raise_row_errors([text for index, text in errors.items() if not droppable[index]], len(mine))
+    if errors:
+        refused = [rows.keys[index].as_py() for index in errors]
+        cache.write(scorer.identity, [Score(key, float("nan"), REFUSED) for key in refused])
+        first = next(iter(errors.values()))
+        print(f"{scorer.kind} {scorer.name!r}: {len(errors)} rows that it cannot read; the first: {first}", flush=True)
     if remark := scorer.remark(prepared):
         print(remark, flush=True)
     context = scorer.context_length
@@ -108,7 +116,8 @@ def score_prepared(
             `default_batch_tokens`.
 
     Raises:
-        ValueError: for a reward that is not finite, naming the row; what was scored before stays in the cache.
+        ValueError: for a reward that is not finite, or above what the scorer can give, naming the row; what was scored
+            before stays in the cache.
     """
     if not prepared:
         return
@@ -117,9 +126,9 @@ def score_prepared(
     flushed = time.monotonic()
     try:
         with progress(total=len(prepared), description=f"{scorer.name}: scores") as bar:
-            for batch in batches(prepared, batch_tokens or default_batch_tokens(device)):
+            for batch in batches_for(scorer, prepared, batch_tokens or default_batch_tokens(device)):
                 scores = scorer.score(batch)
-                _check_finite(scorer, scores, rows)
+                _check_possible(scorer, scores, rows)
                 done += scores
                 bar.update(len(batch))
                 if time.monotonic() - flushed > FLUSH_SECONDS:
@@ -209,17 +218,43 @@ def default_batch_tokens(device: str) -> int:
     return 1024 if device == "cpu" else 8192
 
 
-def batches(rows: Sequence[PreparedRow], batch_tokens: int) -> Iterator[list[PreparedRow]]:
+def batches_for(scorer: Scorer, rows: Sequence[PreparedRow], batch_tokens: int) -> Iterator[list[PreparedRow]]:
+    """Batches as a loaded scorer reads them: rows that fit its packs by what they begin with, others by length.
+
+    Rows of different groups of the scorer are not in one batch, for a row's score is that of the row alone.
+    """
+    packable = scorer.pack_length
+    yield from batches([row for row in rows if len(row) > packable], batch_tokens, scorer.batch_group)
+    groups: dict[Hashable, list[PreparedRow]] = {}
+    for row in rows:
+        if len(row) <= packable:
+            groups.setdefault(scorer.batch_group(len(row)), []).append(row)
+    for _, group in sorted(groups.items(), reverse=True):
+        yield from pack_batches(group, batch_tokens)
+
+
+def batches(
+    rows: Sequence[PreparedRow], batch_tokens: int, group: Callable[[int], Hashable]
+) -> Iterator[list[PreparedRow]]:
     """Batches of rows of like length, longest first, `rows x longest` within the budget.
+
+    Args:
+        rows: to be divided.
+        batch_tokens: the budget; a longer row makes a batch of its own.
+        group: of a length; rows of different groups are not in one batch, for a row's score is that of the row alone.
 
     Examples:
         >>> row = lambda n: PreparedRow(str(n), np.zeros(n, np.int32), np.zeros(n, bool))
-        >>> [[len(r) for r in batch] for batch in batches([row(2), row(9), row(3), row(4)], 8)]
+        >>> rows = [row(2), row(9), row(3), row(4)]
+        >>> [[len(r) for r in batch] for batch in batches(rows, 8, lambda length: 0)]
         [[9], [4, 3], [2]]
+        >>> [[len(r) for r in batch] for batch in batches(rows, 99, lambda length: length > 3)]
+        [[9, 4], [3, 2]]
     """
     batch: list[PreparedRow] = []
     for row in sorted(rows, key=lambda row: (-len(row), row.key)):
-        if batch and len(batch[0]) * (len(batch) + 1) > batch_tokens:
+        full = len(batch) > 0 and len(batch[0]) * (len(batch) + 1) > batch_tokens
+        if full or (batch and group(len(row)) != group(len(batch[0]))):
             yield batch
             batch = []
         batch.append(row)
@@ -227,10 +262,15 @@ def batches(rows: Sequence[PreparedRow], batch_tokens: int) -> Iterator[list[Pre
         yield batch
 
 
-def _check_finite(scorer: Scorer, scores: Sequence[Score], rows: Rows) -> None:
+def _check_possible(scorer: Scorer, scores: Sequence[Score], rows: Rows) -> None:
     for score in scores:
         if not np.isfinite(score.reward):
             raise ValueError(
                 f"{rows.where_key(score.key)}: {scorer.kind} {scorer.name!r} gives the reward {score.reward}; its "
                 "weights or dtype overflow. Try `dtype: bfloat16` or `float32` for it"
+            )
+        if score.reward > scorer.identity.bound:
+            raise ValueError(
+                f"{rows.where_key(score.key)}: {scorer.kind} {scorer.name!r} gives the reward {score.reward}, above "
+                f"{scorer.identity.highest:g}, which no log-probability is. Try `dtype: float32` for it"
             )

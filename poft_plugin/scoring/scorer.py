@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,15 +16,27 @@ if TYPE_CHECKING:
     from poft_plugin.scoring.checkpoints import Checkpoint
 
 
+ROUNDING = 1e-6
+"""How far above its bound a score may lie."""
+
+
 @dataclass(frozen=True)
 class Identity:
     """Everything that a score depends on, and nothing else (no batch size, ranks, run names or folders).
 
     Args:
         fields: JSON-able settings, with `auto` and null already resolved.
+        highest: no score can be above it (0 for a log-probability); None where any number is possible. Part of no
+            address: it follows from the rest.
     """
 
     fields: Mapping[str, Any]
+    highest: float | None = None
+
+    @property
+    def bound(self) -> float:
+        """`highest`, with room for rounding."""
+        return math.inf if self.highest is None else self.highest + ROUNDING
 
     def dumps(self) -> str:
         """Canonical JSON."""
@@ -116,6 +129,10 @@ class Scorer(Protocol):
         """Accelerators that one copy takes."""
         ...
 
+    def batch_group(self, length: int) -> Hashable:
+        """Rows of this many tokens share batches only with rows of the same group; most models know one group."""
+        ...
+
     def prepare_row(self, rows: Rows, index: int) -> PreparedRow:
         """Tokenizes one of the rows, whatever its length; `RowError` where it cannot be scored."""
         ...
@@ -134,6 +151,11 @@ class Scorer(Protocol):
 
     def load(self, device: str) -> None:
         """Loads the weights."""
+        ...
+
+    @property
+    def pack_length(self) -> int:
+        """Tokens of the longest row that the loaded model reads in a pack, prefixes once; 0 where it reads none."""
         ...
 
     def score(self, batch: Sequence[PreparedRow]) -> list[Score]:

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
+from poft_plugin.config import ScoringBlock
 from poft_plugin.data.preparation import Rows, RunContext
 from poft_plugin.scoring.board import open_board
 from poft_plugin.scoring.cache import Lookup, ScoreCache
@@ -43,20 +44,6 @@ class ModelSettings(Protocol):
     @property
     def revision(self) -> str | None:
         """Hub revision."""
-        ...
-
-
-class ScoringSettings(Protocol):
-    """What every block that scores has."""
-
-    @property
-    def batch_tokens(self) -> int | None:
-        """Scoring batch, in tokens."""
-        ...
-
-    @property
-    def missing_scores(self) -> str:
-        """`score` or `error`."""
         ...
 
 
@@ -168,7 +155,7 @@ def check_revisions(sources: Sequence[Source], cache: ScoreCache, *, update: boo
 
 
 def score_all(
-    sources: Sequence[Source], rows: Rows, cache: ScoreCache, *, settings: ScoringSettings, run: RunContext
+    sources: Sequence[Source], rows: Rows, cache: ScoreCache, *, settings: ScoringBlock, run: RunContext
 ) -> list[Lookup]:
     """Every source's scores of the rows; what is missing is scored now.
 
@@ -214,10 +201,11 @@ def _note_difference(label: str, imported: Identity, here: Identity, *, kind: st
         )
 
 
-def _unscored(source: Source, rows: Rows, cache: ScoreCache, settings: ScoringSettings, run: RunContext) -> Rows:
+def _unscored(source: Source, rows: Rows, cache: ScoreCache, settings: ScoringBlock, run: RunContext) -> Rows:
     """The rows that a source has to score now; an error where it may not, or cannot."""
     lookup, label = source.lookup(rows, cache), source.label
-    missing, long = int(lookup.missing.sum()), np.flatnonzero(lookup.too_long)
+    unknown = lookup.missing | (lookup.refused & ~rows.droppable)
+    missing, long = int(unknown.sum()), np.flatnonzero(lookup.too_long)
     if run.rank == 0:
         print(f"{source.kind} {label}: {len(rows) - missing} rows cached, {missing} to score", flush=True)
     if len(long):
@@ -226,7 +214,7 @@ def _unscored(source: Source, rows: Rows, cache: ScoreCache, settings: ScoringSe
         refuse_long_rows(label, rows, lengths, drop=drops, what=source.kind)
     if not missing:
         return Rows(rows.table.slice(0, 0), {})
-    first = rows.where(int(np.flatnonzero(lookup.missing)[0]))
+    first = rows.where(int(np.flatnonzero(unknown)[0]))
     if source.scorer is None:
         raise ValueError(
             f"{source.kind} {label!r}: its imported scores lack {missing} of {len(rows)} rows, the first {first}, and "
@@ -239,4 +227,4 @@ def _unscored(source: Source, rows: Rows, cache: ScoreCache, settings: ScoringSe
             f"{source.kind} {label!r}: {missing} of {len(rows)} rows have no cached score ({why}), the first {first}. "
             "Run `axolotl poft score` first"
         )
-    return Rows(rows.table.filter(lookup.missing), {})
+    return Rows(rows.table.filter(unknown), {})

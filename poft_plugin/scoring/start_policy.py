@@ -34,7 +34,7 @@ from poft_plugin.scoring.checkpoints import resolve_checkpoint
 from poft_plugin.scoring.scorer import Identity, PreparedRow
 from poft_plugin.scoring.sources import Source, score_all
 
-CONTRACT = "causal LM, mean log-probability of the labels of given tokens, version 1"
+CONTRACT = "causal LM, mean log-probability of the labels of given tokens, version 2"
 KIND = "start policy"
 TOKENS, LABELS = "input_ids", "labels"
 
@@ -56,6 +56,11 @@ class StartPolicyScorer(CausalLMScorer):
         """What it is in messages."""
         return KIND
 
+    @property
+    def attention(self) -> str | None:
+        """As the policy's, whatever it leaves out: both are to be the same function."""
+        return self.settings.attn_implementation
+
     @cached_property
     def identity(self) -> Identity:
         """What its scores depend on: neither tokenizer nor template, since rows are tokens."""
@@ -65,7 +70,8 @@ class StartPolicyScorer(CausalLMScorer):
                 **self.checkpoint.identity,
                 "dtype": str(self.dtype).removeprefix("torch."),
                 "quantization": self.quantization,
-            }
+            },
+            highest=0.0,
         )
 
     @property

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from poft_plugin.config import DpoKeys, RankingConfig
-from poft_plugin.data.columns import REFERENCE_SUM_LOGPS
+from poft_plugin.data.columns import RANKS, REFERENCE_SUM_LOGPS
 from poft_plugin.losses import dpo_rewards
 from poft_plugin.trainers.ranked import Ranked
 from poft_plugin.trainers.step import LossFunction, Metric, SequenceBatch, StepOutput, StepSetup
@@ -15,7 +15,7 @@ class DpoStep:
     """DPO on one micro-batch of pairs (DEFT's Eq. 5 and 6). No reference model: its numbers are a column.
 
     Args:
-        loss: per-sample loss of `(policy_logps, reference_logps, *, num_tokens)`, its settings bound.
+        loss: per-sample loss of `(policy_logps, reference_logps, *, num_tokens, ranks)`, its settings bound.
         beta: the host's `rl_beta`, for the logged rewards.
         sft_weight: factor of the chosen response's summed SFT loss.
     """
@@ -28,7 +28,8 @@ class DpoStep:
         """Losses `(G,)`, and what the log shows."""
         ranked = Ranked.of(batch)
         policy, reference = ranked.sum_logps, ranked.column(REFERENCE_SUM_LOGPS)
-        losses, sft = self.loss(policy, reference, num_tokens=ranked.pad(batch.num_tokens)), ranked.sft_losses
+        tokens, ranks = ranked.pad(batch.num_tokens), ranked.column(RANKS)
+        losses, sft = self.loss(policy, reference, num_tokens=tokens, ranks=ranks), ranked.sft_losses
         rewards = dpo_rewards(policy, reference, beta=self.beta)
         metrics = {
             "dpo/loss": Metric(losses.detach()),

@@ -7,7 +7,15 @@ from pydantic import ValidationError
 
 from poft_plugin.config import DeftConfig, DpoKeys, RankingConfig, RewardModelConfig, parse_block
 
-RANKING = {"sft_weight": None, "pro_temperature": None, "rank_by": "label", "share_prompt": False, "reward_model": None}
+SCORING = {"batch_tokens": None, "missing_scores": "score", "score_cache": None}
+RANKING = {
+    **SCORING,
+    "sft_weight": None,
+    "pro_temperature": None,
+    "rank_by": "label",
+    "share_prompt": False,
+    "reward_model": None,
+}
 DEFT = {
     "top_percent": 3.73,
     "bottom_percent": 12.5,
@@ -15,14 +23,12 @@ DEFT = {
     "train_on": "A",
     "omega": None,
     "reward_over": "best",
-    "batch_tokens": None,
-    "missing_scores": "score",
-    "score_cache": None,
 }
 REWARD_MODEL = {
     "model": "org/rewards",
     "revision": None,
     "dtype": "auto",
+    "attn_implementation": None,
     "chat_template": None,
     "system_turns": "keep",
     "max_length": None,
@@ -108,12 +114,16 @@ def test_levels_are_needed_by_the_choice_of_rows_and_by_the_reward(settings: dic
 
 
 NESTED = r"deft\.reward_model\."
-KEYS_OF_RANKING = "pro_temperature, rank_by, reward_model, sft_weight, share_prompt"
+KEYS_OF_RANKING = (
+    "batch_tokens, missing_scores, pro_temperature, rank_by, reward_model, score_cache, sft_weight, share_prompt"
+)
 KEYS_OF_DEFT = (
     "batch_tokens, bottom_percent, grade_within, missing_scores, omega, pro_temperature, rank_by, reward_model, "
     "reward_over, score_cache, sft_weight, share_prompt, top_percent, train_on"
 )
-KEYS_OF_A_REWARD_MODEL = "chat_template, dtype, max_length, model, revision, system_turns, trust_remote_code"
+KEYS_OF_A_REWARD_MODEL = (
+    "attn_implementation, chat_template, dtype, max_length, model, revision, system_turns, trust_remote_code"
+)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +135,7 @@ KEYS_OF_A_REWARD_MODEL = "chat_template, dtype, max_length, model, revision, sys
         ({"pro_temperature": "score"}, r"deft\.pro_temperature: .*'reward' \(given: 'score'\)"),
         ({"rank_by": "score"}, r"deft\.rank_by: .*'label' or 'reward' \(given: 'score'\)"),
         ({"rank_by": None}, r"deft\.rank_by: .*\(given: None\)"),
-        ({"reward_model": "org/rewards"}, r"deft\.reward_model: .*\(given: 'org/rewards'\)"),
+        ({"reward_model": 3}, r"deft\.reward_model: expected a block of keys, found 3"),
         ({"reward_model": {}}, r"deft\.reward_model\.model: missing; Hub id or local folder of the reward model\."),
         ({"reward_model": {"model": ""}}, rf"{NESTED}model: .*at least 1 character"),
     ],

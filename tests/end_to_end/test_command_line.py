@@ -189,6 +189,24 @@ def test_show(models: SimpleNamespace, in_folder: Path) -> None:
     assert shown.exit_code == 0, shown.output
     assert len(re.findall(r"data.jsonl row \d+ \(key [0-9a-f]{32}\): \d+ of \d+ tokens counted", shown.output)) == 6
     assert "[INST]" in shown.output
+    assert "each token that counts is between « and »" in shown.output
+    first = shown.output.split("tokens counted")[1]
+    assert first.count("«") == first.count("»") > 0
+    # ours comes first: neither the host's report nor its config
+    said = [line for line in shown.output.splitlines() if line.strip() and not re.search(r"@|WARNING", line)]
+    assert said[0].startswith(str(in_folder / "config.yml")[:20])
+    assert "INFO" not in shown.output and "base_model" not in shown.output
+
+
+@pytest.mark.usefixtures("preprocessing")
+def test_names_are_no_markup(models: SimpleNamespace, in_folder: Path) -> None:
+    references = [{"model": str(models.ref_a), "name": "[/x] :smile: [red]a"}]
+    poft_block = {"references": references, "score_cache": str(in_folder / "scores")}
+    path = str(config(in_folder, models, poft=poft_block))
+    for arguments in (("plan", path), ("score", path, "--show", "1"), ("score", path)):
+        ran = poft(*arguments)
+        assert ran.exit_code == 0, ran.output
+        assert "[/x] :smile: [red]a" in " ".join(ran.output.split())
 
 
 @pytest.mark.usefixtures("preprocessing")
@@ -198,7 +216,9 @@ def test_errors_are_messages(models: SimpleNamespace, in_folder: Path) -> None:
     assert "Error: reference ./gone: no such folder" in gone.output
     assert "Traceback" not in gone.output
     sft = poft("score", str(config(in_folder, models, rl=None, poft=None)))
-    assert "not a config of ours" in sft.output
+    assert "`rl: null` asks for nothing of poft_plugin" in sft.output
+    lost = poft("plan", str(config(in_folder, models, plugins=None)))
+    assert "poft_plugin is not loaded, and nothing of it runs. Add the lines\nplugins:" in lost.output
 
 
 def test_evaluate_merge_lora_and_inference_need_no_reference(

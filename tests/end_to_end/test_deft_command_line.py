@@ -110,14 +110,13 @@ def test_two_processes_score_and_train(models: SimpleNamespace, tmp_path: Path) 
     output = done.stdout + done.stderr
     assert done.returncode == 0, output[-6000:]
     # rank 0 prints what is missing when it looks: the other rank may have written some rows by then
-    for line in ("reward model grader", "start policy policy"):
+    for line, rows in (("reward model grader", ROWS - HELD_OUT), ("start policy policy", ROWS)):
         cached, left = map(int, re.search(rf"{line}: (\d+) rows cached, (\d+) to score", output).groups())
-        assert cached + left == 2 * ROWS
+        assert cached + left == 2 * rows
     assert output.count("Grades: A = top 50 %") == 1
     for name, files in scored_rows(tmp_path).items():
         assert len(files) == 2, (name, files)
-        assert sum(files) == 2 * ROWS
-    assert len(scored_rows(tmp_path)) == 2
+    assert sorted(map(sum, scored_rows(tmp_path).values())) == [2 * (ROWS - HELD_OUT), 2 * ROWS]
     assert re.search(r"'loss': '[\d.]+'.*'deft/distribution_reward'", output)
     state = json.loads(max(tmp_path.glob("out/checkpoint-*/trainer_state.json")).read_text())
     assert state["epoch"] == pytest.approx(2.0)
@@ -191,26 +190,29 @@ def test_plan_score_export_import(models: SimpleNamespace, in_folder: Path, monk
     tiny.reward_model(in_folder / "grader")
     path = str(config(in_folder, models))
     plan = ran("plan", path, "--probe", "1")
-    assert re.search(r"grader.*32.*0 .*32 ", plan) and re.search(r"policy.*32.*0 .*32 ", plan)
+    assert re.search(r"grader.*24.*0 .*24 ", plan) and re.search(r"policy.*32.*0 .*32 ", plan)
     assert plan.count("rows/s") == 2
     assert not list(in_folder.glob("poft_scores/*/scores-*"))
     shown = ran("score", path, "--show", "2")
-    assert len(re.findall(r"grader: data.jsonl row \d+ \(key [0-9a-f]{32}\): \d+ of \d+ tokens counted", shown)) == 2
+    heads = r"grader: data.jsonl row (\d+) \(key [0-9a-f]{32}\): (chosen|rejected): \d+ of \d+ tokens counted"
+    (first, a), (_, b), (second, c), (_, d) = re.findall(heads, shown)
+    assert (first != second, [a, b, c, d]) == (True, ["chosen", "rejected"] * 2)
     ran("score", path)
     refuse_to_load(monkeypatch)
+    assert "Grades: A = top" in ran("plan", path)  # all is scored
     again = ran("score", path)
-    assert "reward model grader: 32 rows cached, 0 to score" in again
+    assert "reward model grader: 24 rows cached, 0 to score" in again
     assert "start policy policy: 32 rows cached, 0 to score" in again
-    assert f"{2 * ROWS} lines" in ran("export", path, "--out", "all.parquet")
+    assert f"{2 * (ROWS - HELD_OUT)} lines" in ran("export", path, "--out", "all.parquet")
     table = pq.read_table("all.parquet")
     assert set(table.column_names) == COLUMNS
     lines = table.to_pylist()
     assert {line["model"] for line in lines} == {"./grader"}
     letters = [line["level"] for line in lines if line["response"] == 0]
-    assert (letters.count("A"), letters.count(None)) == (LEVEL_A, HELD_OUT)
-    assert [line["response"] for line in lines] == [0, 1] * ROWS
+    assert (letters.count("A"), letters.count(None)) == (LEVEL_A, 0)  # evaluation rows have neither level nor score
+    assert [line["response"] for line in lines] == [0, 1] * (ROWS - HELD_OUT)
     levels_of_rows = {(line["sample_key"], line["level"]) for line in lines}
-    assert len(levels_of_rows) == ROWS
+    assert len(levels_of_rows) == ROWS - HELD_OUT
     assert f"{2 * LEVEL_A} lines" in ran("export", path, "--out", "a.parquet", "--levels", "A", "--rows")
     with_texts = pq.read_table("a.parquet")
     assert set(with_texts.column_names) == {*COLUMNS, "conversation"}
@@ -253,8 +255,8 @@ def exported(models: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) 
         path = str(config(folder, models))
         outputs = [ran("score", path, "--num-shards", "3", "--shard", str(shard)) for shard in range(3)]
         counts = [re.findall(r"(\w+): shard \d of 3: (\d+) rows scored", output) for output in outputs]
-        for name in ("grader", "policy"):
-            assert sum(int(count) for shard in counts for model, count in shard if model == name) == 2 * ROWS
+        for name, rows in (("grader", ROWS - HELD_OUT), ("policy", ROWS)):
+            assert sum(int(count) for shard in counts for model, count in shard if model == name) == 2 * rows
         refuse_to_load(patch)
         ran("export", path, "--out", "all.parquet")
     return folder / "all.parquet"
@@ -278,8 +280,8 @@ def test_imported_scores_replace_a_model_that_is_gone(
     assert gone.exit_code == 1
     assert "Error: reward model ./grader: no such folder" in gone.output and "Traceback" not in gone.output
     file = changed(exported, shift) if shift else str(exported)
-    assert f"./grader: {2 * ROWS} scores imported" in ran("import", str(path), file)
-    assert "reward model grader: 32 rows cached, 0 to score" in ran("score", str(path))
+    assert f"./grader: {2 * (ROWS - HELD_OUT)} scores imported" in ran("import", str(path), file)
+    assert "reward model grader: 24 rows cached, 0 to score" in ran("score", str(path))
     rows = prepare(path).train_dataset
     lines = pq.read_table(exported).to_pylist()
     rewards = {(line["sample_key"], line["response"]): line["reward"] + shift for line in lines}
@@ -300,7 +302,7 @@ def test_what_the_commands_refuse(models: SimpleNamespace, in_folder: Path, expo
     ran("import", path, "half.parquet")
     lacking = poft("score", path)
     assert lacking.exit_code == 1
-    assert f"its imported scores lack {ROWS} of {2 * ROWS} rows" in lacking.output
+    assert f"its imported scores lack {ROWS - 2 * HELD_OUT} of {2 * (ROWS - HELD_OUT)} rows" in lacking.output
     pq.write_table(pa.table({"row_key": ["0" * 32], "reward": [1.0]}), "foreign.parquet")
     assert (
         "1 row keys of './grader' are no rows of this config's data" in poft("import", path, "foreign.parquet").output
@@ -308,20 +310,24 @@ def test_what_the_commands_refuse(models: SimpleNamespace, in_folder: Path, expo
     scored = tiny.write_jsonl(in_folder / "scored.jsonl", tiny.pair_rows(9))
     entry = {"path": str(scored), "ds_type": "json", "type": "chat_template.default"}
     without = str(config(in_folder, models, rl="deft_pro", datasets=[entry], deft={"reward_model": None}))
-    assert "with these settings has nothing to score" in poft("plan", without).output
+    planned = ran("plan", without)  # the data's own scores: the plan is done, and grades can be shown
+    assert "nothing to score" in planned
+    assert "Grades: A = top" in planned and "scored.jsonl" in planned
     assert "no `deft.reward_model` whose scores could be imported" in poft("import", without, str(exported)).output
     assert "18 lines" in ran("export", without, "--out", "data.parquet")
     assert set(pq.read_table("data.parquet")["model"].to_pylist()) == {"data"}
     ungraded = {"reward_model": None, "omega": 0, "train_on": "all"}
     nothing = str(config(in_folder, models, rl="deft_pro", datasets=[entry], deft=ungraded))
     assert "with these settings grades nothing" in poft("export", nothing, "--out", "x").output
+    assert "Grades" not in ran("plan", nothing)
 
 
 def test_rows_are_listed_without_the_reward_model(models: SimpleNamespace, in_folder: Path) -> None:
     """For scoring elsewhere: every response's key and text, though the model is not here and nothing is graded."""
     path = str(config(in_folder, models, deft={"reward_model": {"model": "./elsewhere"}, "score_cache": "./scores"}))
     listed = ran("export", path, "--rows", "--out", "rows.parquet")
-    assert f"{2 * ROWS} lines; responses without a score: {2 * ROWS}" in listed
+    count = 2 * (ROWS - HELD_OUT)  # evaluation rows need no score
+    assert f"{count} lines; responses without a score: {count}" in listed
     lines = pq.read_table("rows.parquet").to_pylist()
     assert {line["reward"] for line in lines} == {None}
     assert all(line["conversation"] for line in lines)

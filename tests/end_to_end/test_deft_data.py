@@ -187,11 +187,12 @@ def test_rows_that_are_held_out_take_no_part(models: SimpleNamespace, tmp_path: 
     rows = json.loads(json.dumps(RAW))
     before = prepare(config(tmp_path, models, rows, val_set_size=4))
     held_out = names(before.evaluation, tokenizer)
-    for row in (row for part in rows.values() for row in part if name_of(row) == held_out[0]):
+    pair = next(name for name in held_out if name.startswith("pairs"))  # a list's scores make its order, and its key
+    for row in (row for part in rows.values() for row in part if name_of(row) == pair):
         row["scores"][0] = 1e9
     after = prepare(config(tmp_path, models, rows, val_set_size=4))
     assert names(after.evaluation, tokenizer) == held_out
-    assert 1e9 in next(row["scores"] for row in after.evaluation if row["scores"][0] == 1e9)
+    assert not any("scores" in row for row in after.evaluation)
     assert levels_of(after, tokenizer) == levels_of(before, tokenizer)
     assert len(after.train) == len(EVERY) - 4
     assert after.grading == before.grading

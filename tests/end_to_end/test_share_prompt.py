@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 
-from poft_plugin.hosts.packed_attention import packed_attention
+from poft_plugin.attention.packed import packed_attention
 
 ROWS, HELD_OUT, STEPS = 8, 2, 3
 DEFT = {"top_percent": 50, "bottom_percent": 25, "train_on": "all", "omega": 0.5}
@@ -156,7 +156,7 @@ def test_a_model_that_cannot_is_refused_before_its_first_step(
     models: SimpleNamespace, in_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here one whose attention takes each run of a pack for a whole sequence."""
-    monkeypatch.setattr("poft_plugin.hosts.shared_attention.shared_attention", packed_attention)
+    monkeypatch.setattr("poft_plugin.attention.shared.shared_attention", packed_attention)
     path = settings(in_folder, models, share=True, rl="rrhf", type=LISTS, val_set_size=0, eval_strategy="no")
     with pytest.raises(ValueError, match=r"share_prompt: true: LlamaForCausalLM gives .* set `share_prompt: false`"):
         hosting.train(path)

@@ -156,7 +156,7 @@ def test_scores_do_not_depend_on_the_batch(policy: Path, tmp_path: Path, attenti
     from scoring import support
 
     from poft_plugin.scoring.cache import ScoreCache
-    from poft_plugin.scoring.run import batches
+    from poft_plugin.scoring.run import batches_for
 
     cache = ScoreCache(tmp_path)
     rows = [(str(n), support.conversation(row)) for n, row in enumerate(tiny.chat_rows(12, seed=3))]
@@ -165,7 +165,8 @@ def test_scores_do_not_depend_on_the_batch(policy: Path, tmp_path: Path, attenti
         scorer = support.scorer(policy, cache, **settings)
         prepared = [scorer.prepare(key, conversation, key) for key, conversation in rows]
         scorer.load(device)
-        found = {one.key: one.reward for batch in batches(prepared, batch_tokens) for one in scorer.score(batch)}
+        batches = batches_for(scorer, prepared, batch_tokens)
+        found = {one.key: one.reward for batch in batches for one in scorer.score(batch)}
         scorer.unload()
         return found
 

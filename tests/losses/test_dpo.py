@@ -186,3 +186,24 @@ def test_another_shape_is_refused(shapes: tuple[tuple[int, ...], tuple[int, ...]
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dpo_loss(torch.zeros(1, 2), torch.zeros(1, 2), **settings)
+
+
+@pytest.mark.parametrize("loss_types", [("sigmoid",), ("hinge",), ("ipo",), ("robust",), ("sigmoid", "ipo")])
+def test_a_tie_prefers_nothing(loss_types: tuple[str, ...]) -> None:
+    """The loss of a policy that equals its reference, whatever the policy says, without gradient; others as ever."""
+    policy = torch.tensor([[-3.0, -9.0], [-3.0, -9.0], [-8.0, -1.0]], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([[-4.0, -5.0], [-4.0, -5.0], [-8.0, -1.0]], dtype=torch.float64)
+    settings = {"loss_types": loss_types, "num_tokens": torch.tensor([[2, 3]] * 3)}
+    losses = dpo_loss(policy, reference, ranks=torch.tensor([[0, 0], [0, 1], [0, 1]]), **settings)
+    plain = dpo_loss(policy, reference, **settings)
+    undecided = plain[2]
+    torch.testing.assert_close(losses, torch.stack([undecided, plain[1], undecided]))
+    (gradient,) = torch.autograd.grad(losses.sum(), policy)
+    assert gradient[0].tolist() == [0.0, 0.0]
+    assert gradient[1].abs().min() > 0
+
+
+def test_ranks_of_another_shape_are_refused() -> None:
+    logps = torch.zeros(2, 2)
+    with pytest.raises(ValueError, match=r"ranks: \(2,\); expected \(G, 2\)"):
+        dpo_loss(logps, logps, ranks=torch.zeros(2))

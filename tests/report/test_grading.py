@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from poft_plugin.data.discrepancy import GradedSample, count_tokens
+from poft_plugin.report.console import make_console
 from poft_plugin.report.grading import GradingSummary, TopTokens, print_grading, summarise_grading, top_tokens
 
 LEVELS = np.array(list("ABCAB"))
@@ -32,7 +32,7 @@ def summary(**changes: Any) -> GradingSummary:
 
 def printed(found: GradingSummary) -> str:
     """The tables as text."""
-    console = Console(file=io.StringIO(), width=160)
+    console = make_console(io.StringIO(), 160)
     print_grading(found, console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
@@ -158,3 +158,11 @@ def test_text_in_brackets_is_text_not_markup() -> None:
     assert "'[/x]'" in text
     assert "'[bold]'" in text
     assert "within: [column]" in text
+
+
+@pytest.mark.parametrize(("share", "warned"), [(0.4, False), (0.41, True), (0.5, True), (0.9, True)])
+def test_a_grader_near_coin_tossing_is_doubted(share: float, warned: bool) -> None:
+    disagree = np.arange(100) < 100 * share
+    found = summarise_grading(np.full(100, "B"), np.zeros(100), ["[/x]"] * 100, **(SETTINGS | {"disagree": disagree}))
+    text = " ".join(printed(found).split())
+    assert (f"warning: [/x]: labels and scores disagree in {100 * share:.1f} % of the rows" in text) == warned

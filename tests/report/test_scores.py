@@ -5,8 +5,8 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from rich.console import Console
 
+from poft_plugin.report.console import make_console
 from poft_plugin.report.scores import LOW_CORRELATION, LOW_MEAN, Distribution, Summary, print_summary, summarise
 
 SOURCES = np.array(["a", "b", "a", "a", "b"], dtype=object)
@@ -16,7 +16,7 @@ SECOND = np.array([-1.5, -0.5, -2.5, -3.5, -0.25])
 
 def printed(summary: Summary, width: int = 120) -> str:
     """The table as text."""
-    console = Console(file=io.StringIO(), width=width)
+    console = make_console(io.StringIO(), width)
     print_summary(summary, console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()

@@ -47,4 +47,4 @@ def plain_score(folder: Path, turns: Sequence[Turn]) -> float:
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
     ids = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)["input_ids"]
     with torch.no_grad():
-        return float(model.score(model.base_model(input_ids=ids)[0][0, -1]))
+        return float(model(input_ids=ids).logits[0, 0])

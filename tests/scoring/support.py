@@ -39,7 +39,7 @@ def as_rows(rows: list[dict[str, Any]], source: str = "data.jsonl") -> Rows:
     )
 
 
-def scorer(folder: Path, cache: ScoreCache, *, include_end_of_turn: bool = False, **settings: Any) -> CausalLMScorer:
+def scorer(folder: Path, cache: ScoreCache, *, include_end_of_turn: Any = False, **settings: Any) -> CausalLMScorer:
     """A scorer of a local model."""
     reference = ReferenceConfig(model=str(folder), **settings)
     checkpoint = resolve_checkpoint(str(folder), reference.revision, cache)

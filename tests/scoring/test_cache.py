@@ -67,9 +67,9 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
 def test_notes_merge(tmp_path: Path) -> None:
     cache = ScoreCache(tmp_path / "new")
     assert cache.read_note("revisions") == {}
-    cache.update_note("revisions", {"a": 1})
-    cache.update_note("revisions", {"b": 2})
-    assert cache.read_note("revisions") == {"a": 1, "b": 2}
+    cache.update_note("revisions", {"a": "1"})
+    cache.update_note("revisions", {"b": "2"})
+    assert cache.read_note("revisions") == {"a": "1", "b": "2"}
 
 
 def test_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,3 +78,37 @@ def test_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ENVIRONMENT, "/somewhere")
     assert cache_folder(None) == Path("/somewhere")
     assert cache_folder("here") == Path("here")
+
+
+LOG_PROBABILITY, LOGIT = Identity({"z": 1}, highest=0.0), Identity({"z": 1})
+
+
+@pytest.mark.parametrize(
+    ("reward", "tokens"),
+    [(np.nan, 3), (np.nan, 0), (np.nan, None), (np.inf, 3), (-np.inf, 3), (None, 3), (0.5, 3), (-1.0, 0), (-1.0, None)],
+)
+def test_a_line_that_cannot_be_a_score_is_named_and_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], reward: float | None, tokens: int | None
+) -> None:
+    cache = ScoreCache(tmp_path)
+    lines = {"row_key": ["a", "b"], "reward": [reward, -2.0], "num_tokens": [tokens, 7]}
+    cache.write_table(LOG_PROBABILITY, pa.table(lines))
+    found = cache.lookup(LOG_PROBABILITY, KEYS)
+    assert found.missing.tolist() == [True, False, True, True]
+    assert not found.too_long.any()
+    (file,) = (tmp_path / LOG_PROBABILITY.digest).glob("scores-*.parquet")
+    said = capsys.readouterr().out
+    assert f"{file}: 1 lines cannot be scores, the first of row key a: reward {reward}, num_tokens {tokens}" in said
+    cache.write(LOG_PROBABILITY, [Score("a", -3.0, 4)])  # scored again, in another file
+    again = cache.lookup(LOG_PROBABILITY, KEYS)
+    assert (again.rewards[0], again.num_tokens[0]) == (-3.0, 4)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_reward_models_score_may_have_any_sign(tmp_path: Path) -> None:
+    """The bound is no part of the address."""
+    cache = ScoreCache(tmp_path)
+    assert LOGIT.digest == LOG_PROBABILITY.digest
+    cache.write(LOGIT, [Score("a", 5.0, 3), Score("b", 9e-7, 3)])
+    assert cache.lookup(LOGIT, KEYS).rewards[0] == 5.0
+    assert cache.lookup(LOG_PROBABILITY, KEYS).missing.tolist() == [True, False, True, True]

@@ -14,7 +14,8 @@ from poft_plugin.data.groups import ragged
 from poft_plugin.data.preparation import Rows
 from poft_plugin.data.ranked import RankedSample, dense_ranks
 from poft_plugin.data.rows import Turn, load_conversation, row_key
-from poft_plugin.hosts.axolotl.ranked_rows import PAIRS, RANKED, RankedFields, ranked_reader
+from poft_plugin.hosts.axolotl.ranked_fields import PAIRS, RANKED, RankedFields
+from poft_plugin.hosts.axolotl.ranked_rows import ranked_reader
 from poft_plugin.scoring.graded import EXPORTED, export_graded, write_graded_rows
 from scoring.ranked_support import ranked
 

@@ -161,7 +161,7 @@ def test_imported_scores_of_another_scorer_are_not_used_silently(
     half = config(tmp_path / "half", {"model": str(models.ref_a), "dtype": "bfloat16"})
     found = reference_rewards(ROWS, half, TRAIN)
     cache = ScoreCache(tmp_path / "half" / "cache")
-    identity = scorer(models.ref_a, cache, dtype="bfloat16").identity
+    identity = scorer(models.ref_a, cache, dtype="bfloat16", include_end_of_turn="auto").identity
     lookup = cache.lookup(identity, ROWS.keys)
     source = str(models.ref_a)
     export_scores(tmp_path / "half.parquet", ROWS.keys, {source: lookup}, {source: identity})

@@ -1,18 +1,31 @@
 """Scores of responses: whose they are, when they are asked for, and the order that follows."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import tiny
 
 from poft_plugin.config import DeftConfig, RankingConfig
-from poft_plugin.data.columns import ORDER, RANKS, SCORES
+from poft_plugin.data.columns import DROPPABLE, ORDER, RANKS, SCORES
 from poft_plugin.data.preparation import Rows, RunContext
 from poft_plugin.data.ranked import RankedSample, ranked_list
-from poft_plugin.data.rows import Turn, load_conversation
+from poft_plugin.data.rows import RowError, Turn, load_conversation
+from poft_plugin.scoring.cache import ScoreCache
+from poft_plugin.scoring.plan import plan_reference
 from poft_plugin.scoring.reward_model import RewardModelScorer
-from poft_plugin.scoring.rewards import check_deft, check_ranking, needs_scores, response_rows, response_scores
+from poft_plugin.scoring.rewards import (
+    check_deft,
+    check_ranking,
+    needs_scores,
+    open_reward_model,
+    response_rows,
+    response_scores,
+    rows_to_score,
+)
 from scoring.ranked_support import plain_score, ranked
 
 TRAIN = RunContext("train")
@@ -74,12 +87,79 @@ def test_scores_may_make_the_order() -> None:
 )
 def test_when_scores_are_asked_for(settings: RankingConfig, asked: bool, asked_in_evaluation: bool) -> None:
     assert needs_scores(settings) is asked
-    for run, expected in ((TRAIN, asked), (EVALUATE, asked_in_evaluation)):
-        assert (SCORES in response_scores(ranked(SAMPLES), settings, run).columns) is expected
+    rows = ranked(SAMPLES)
+    assert rows_to_score(rows, settings).tolist() == [asked] * 3
+    evaluated = replace(rows, in_training=np.zeros(3, dtype=bool))
+    for given, expected in ((rows, asked), (evaluated, asked_in_evaluation)):
+        assert (SCORES in response_scores(given, settings, TRAIN).columns) is expected
     bare = ranked([*SAMPLES, RankedSample(PROMPT, ("b", "a"), (0, 1))])
     if asked:
         with pytest.raises(ValueError, match=r"data\.jsonl row 3 \(key .*no scores in the row \(1 such rows\)"):
             response_scores(bare, settings, TRAIN)
+
+
+def test_evaluation_rows_need_no_scores() -> None:
+    """Beside training rows that have some: they get none, unless scores make the order."""
+    bare = RankedSample(PROMPT, ("b", "a"), (0, 1))
+    rows = replace(ranked([*SAMPLES, bare]), in_training=np.array([True, False, True, False]))
+    found = response_scores(rows, DEFT, TRAIN).columns
+    assert found[SCORES].tolist() == [[0.5, 0.75], None, [0.25, 1.0, 0.25, 1.0], None]
+    assert lists(found[RANKS]) == [[0, 1], [0, 1], [0, 1, 2, 3], [0, 1]]
+    with pytest.raises(ValueError, match=r"row 3 .*no scores in the row \(1 such rows\)"):
+        response_scores(rows, DeftConfig(rank_by="reward"), TRAIN)
+
+
+def test_a_model_scores_training_rows_alone(grader: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = replace(ranked(SAMPLES), in_training=np.array([True, False, False]))
+    columns = response_scores(rows, by_model(grader, tmp_path), TRAIN).columns
+    assert "0 rows cached, 2 to score" in capsys.readouterr().out
+    assert [row is None for row in columns[SCORES]] == [False, True, True]
+    response_scores(rows, by_model(grader, tmp_path, pro_temperature="reward"), TRAIN)
+    assert "2 rows cached, 4 to score" in capsys.readouterr().out
+
+
+def with_system(sample: RankedSample) -> RankedSample:
+    """The reward model's template refuses system turns."""
+    return replace(sample, prompt=(Turn("system", "be"), *sample.prompt))
+
+
+def droppable(samples: list[RankedSample], *flags: bool) -> Rows:
+    rows = ranked(samples)
+    return replace(rows, table=rows.table.append_column(DROPPABLE, pa.array(flags)))
+
+
+def test_rows_that_the_reward_model_refuses_are_left_out_where_asked(
+    grader: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are noted in the cache, and named again wherever a data set does not leave such rows out."""
+    samples, settings = [SAMPLES[0], with_system(SAMPLES[1])], by_model(grader, tmp_path)
+    refusal = r"data\.jsonl row 1 .*refuses the turns \['system', 'user', 'assistant'\].*\(2 of 4 rows cannot be used\)"
+    with pytest.raises(RowError, match=refusal):
+        response_scores(ranked(samples), settings, TRAIN)
+    for said in ("0 rows cached, 4 to score", "4 rows cached, 0 to score"):
+        prepared = response_scores(droppable(samples, True, True), settings, TRAIN)
+        assert prepared.dropped == {samples[1].key}
+        shown = capsys.readouterr().out
+        assert said in shown
+        assert "1 of 2 rows left out (on_unusable_row: drop), which the reward model" in shown
+    with pytest.raises(RowError, match=r"data\.jsonl row 1 .*\(2 of 2 rows cannot be used\)"):
+        response_scores(droppable(samples, True, False), settings, TRAIN)
+
+
+def test_the_plan_knows_rows_that_are_left_out(grader: Path, tmp_path: Path) -> None:
+    settings, cache = by_model(grader, tmp_path), ScoreCache(tmp_path)
+    assert settings.reward_model is not None
+    source = open_reward_model(settings.reward_model, cache)
+    rows = droppable([SAMPLES[0], with_system(SAMPLES[1])], True, True)
+    responses, _ = response_rows([rows.sample(0), rows.sample(1)], rows)
+    for count in (2, 0):
+        plan, _ = plan_reference(source, responses, cache)
+        assert (plan.rows, plan.cached, plan.to_score) == (4, 2 - count, count)
+        response_scores(rows, settings, TRAIN)
+    strict = ranked([with_system(SAMPLES[1])])
+    refused, _ = response_rows([strict.sample(0)], strict)
+    with pytest.raises(RowError, match="refuses the turns"):
+        plan_reference(source, refused, cache)
 
 
 def test_a_model_scores_each_response_once(
@@ -120,6 +200,20 @@ def test_plain_methods_score_where_the_environment_says(
     check_ranking(settings)
     assert ORDER in response_scores(ranked(SAMPLES), settings, TRAIN).columns
     assert list(tmp_path.glob("cache/*/scores-*.parquet"))
+
+
+def test_plain_methods_score_as_their_block_says(grader: Path, tmp_path: Path) -> None:
+    """The keys of scoring are those of every block that scores."""
+    raw = {"rank_by": "reward", "reward_model": {"model": str(grader)}, "score_cache": str(tmp_path)}
+    with pytest.raises(ValueError, match=r"6 of 6 rows have no cached score \(missing_scores: error\)"):
+        response_scores(ranked(SAMPLES), RankingConfig.model_validate({**raw, "missing_scores": "error"}), TRAIN)
+    one_by_one = RankingConfig.model_validate({**raw, "batch_tokens": 1})
+    with pytest.MonkeyPatch.context() as patch:
+        sizes, original = [], RewardModelScorer.score
+        patch.setattr(RewardModelScorer, "score", lambda self, rows: [sizes.append(len(rows)), original(self, rows)][1])
+        assert ORDER in response_scores(ranked(SAMPLES), one_by_one, TRAIN).columns
+    assert sizes == [1] * 6
+    assert list(tmp_path.glob("*/scores-*.parquet"))
 
 
 def test_rows_of_responses() -> None:

@@ -4,6 +4,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny
 
@@ -12,7 +15,8 @@ from poft_plugin.data.rows import RowError
 from poft_plugin.scoring import run as scoring_run
 from poft_plugin.scoring.cache import ScoreCache
 from poft_plugin.scoring.causal_lm import CausalLMScorer
-from poft_plugin.scoring.run import Share, accelerator, share_of
+from poft_plugin.scoring.run import Share, accelerator, share_of, wait_for_others
+from poft_plugin.scoring.scorer import Score
 from scoring.support import as_rows, score_missing, scorer
 
 ROWS = as_rows(tiny.chat_rows(10, seed=9))
@@ -56,6 +60,34 @@ def test_a_stopped_run_goes_on(models: SimpleNamespace, tmp_path: Path, monkeypa
     assert (
         score_missing(scorer(models.ref_a, cache), ROWS, cache, share=Share(0, 1), device="cpu", batch_tokens=80) == 0
     )
+
+
+def test_damaged_scores_are_made_again(models: SimpleNamespace, tmp_path: Path) -> None:
+    """And nobody waits for them for ever: the same scores as before, from a pass over the damaged rows alone."""
+    cache = ScoreCache(tmp_path)
+    reference = scorer(models.ref_a, cache)
+    settings: dict[str, Any] = {"share": Share(0, 1), "device": "cpu", "batch_tokens": 80}
+    score_missing(reference, ROWS, cache, **settings)
+    expected = cache.lookup(reference.identity, ROWS.keys)
+    (file,) = (tmp_path / reference.identity.digest).glob("scores-*.parquet")
+    table = pq.read_table(file)
+    rewards = [float("nan"), 0.3, None, *table["reward"].to_pylist()[3:]]
+    pq.write_table(table.set_column(1, "reward", pa.array(rewards, pa.float64())), file)
+    assert score_missing(reference, ROWS, cache, **settings) == 3
+    found = wait_for_others(reference, ROWS, cache)
+    np.testing.assert_allclose(found.rewards, expected.rewards, rtol=1e-6)
+    assert found.num_tokens.tolist() == expected.num_tokens.tolist()
+
+
+def test_a_log_probability_above_zero_is_refused(
+    models: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were it written, it would count as damage, and be made again for ever."""
+    monkeypatch.setattr(CausalLMScorer, "score", lambda _, batch: [Score(row.key, 0.25, 3) for row in batch])
+    cache = ScoreCache(tmp_path)
+    with pytest.raises(ValueError, match=r"data.jsonl row \d+ .*'ref_a' gives the reward 0.25, above 0"):
+        score_missing(scorer(models.ref_a, cache), ROWS, cache, share=Share(0, 1), device="cpu", batch_tokens=80)
+    assert cache.lookup(scorer(models.ref_a, cache).identity, ROWS.keys).missing.all()
 
 
 def test_nothing_is_loaded_where_nothing_is_missing(

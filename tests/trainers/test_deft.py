@@ -113,16 +113,18 @@ def test_a_setup_that_is_not_whole_is_an_error() -> None:
 
 
 def test_the_methods_that_are_wrapped() -> None:
-    assert [method.name for method in WRAPPED] == ["deft_pro", "deft_rrhf", "deft_dpo", "deft_sft"]
+    assert [method.name for method in WRAPPED] == [f"deft_{method.name}" for method in METHODS if method.ranked]
+    assert {"deft_pro", "deft_rrhf", "deft_dpo", "deft_sft"} <= {method.name for method in WRAPPED}
 
 
 def steps(method: Method, **settings: Any) -> tuple[Step, Step]:
-    """The step of a wrapped method, and of the method inside, from the table and one block."""
+    """The step of a wrapped method, and of the method inside, from the table and its blocks."""
     base, loss = method.base, registry().losses[method.loss]
     assert base is not None
     filled = DeftConfig(**settings).model_copy(update={**method.defaults, **settings})
     keys = load_object(method.keys)() if method.keys else None
-    inside = load_object(base.step)(StepSetup(filled, loss, keys))
+    own = filled if base.block == method.block else load_object(base.config)().model_copy(update=base.defaults)
+    inside = load_object(base.step)(StepSetup(own, loss, keys))
     return load_object(method.step)(StepSetup(filled, loss, keys, inside)), inside
 
 

@@ -26,7 +26,7 @@ def made(sft_weight: float = 0.0, **keys: Any) -> DpoStep:
 
 def oracle(kind: str, beta: float, smoothing: float = 0.0) -> list[float]:
     """The loss of each pair."""
-    return [oracles.dpo_loss(kind, g.sums, g.reference, beta, smoothing, g.tokens) for g in PAIRS]
+    return [oracles.dpo_loss(kind, g.sums, g.reference, beta, smoothing, g.tokens, g.ranks) for g in PAIRS]
 
 
 @pytest.mark.parametrize("sft_weight", [0.0, 0.05, 1.0])
@@ -75,12 +75,16 @@ def test_laws_of_a_step() -> None:
 
 
 def test_gradients_by_hand() -> None:
-    """Of `-log sigmoid(d)`: `sigmoid(-d) = 1 - exp(-loss)`, against the chosen response and for the rejected one."""
+    """Of `-log sigmoid(d)`: `sigmoid(-d) = 1 - exp(-loss)`, against the chosen response and for the rejected one.
+
+    Nothing of it in a tie, whose first response has its SFT term alone.
+    """
     given = batch(PAIRS)
     gradient = gradient_of(STEP(given).losses, given.sum_logps)
     expected = []
-    for loss in oracle("sigmoid", BETA):
-        doubt = -torch.expm1(torch.tensor(-loss, dtype=torch.float64)).item()
+    for group, loss in zip(PAIRS, oracle("sigmoid", BETA), strict=True):
+        tied = group.ranks == (0, 0)
+        doubt = 0.0 if tied else -torch.expm1(torch.tensor(-loss, dtype=torch.float64)).item()
         expected += [-BETA * doubt - 0.05, BETA * doubt]
     assert gradient == pytest.approx(expected)
 
@@ -101,6 +105,7 @@ def test_keys_reach_the_registered_loss() -> None:
     assert_equal(losses, [g.sums[0] - g.reference[1] - 0.5 * g.sums[0] for g in PAIRS])
     (call,) = calls
     assert call.pop("num_tokens").tolist() == [list(group.tokens) for group in PAIRS]
+    assert call.pop("ranks").tolist() == [list(group.ranks) for group in PAIRS]
     assert call == {
         "policy": [list(group.sums) for group in PAIRS],
         "reference": [list(group.reference) for group in PAIRS],

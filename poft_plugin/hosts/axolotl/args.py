@@ -10,6 +10,9 @@ from pydantic import BaseModel, Field, create_model
 from poft_plugin.config import RowFilterConfig
 from poft_plugin.plugins import load_object, registry
 
+NAME = "poft_plugin.PoftPlugin"
+"""What a config writes under `plugins:`."""
+
 TAKEN_OVER = "poft_plugin_rl"
 """Top-level key that `register` writes: the `rl` type that it took off the config. A saved config still names it."""
 

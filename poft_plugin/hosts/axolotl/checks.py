@@ -27,6 +27,19 @@ def _above_one(value: Any) -> bool:
     return isinstance(value, int) and value > 1
 
 
+def _is_set(value: Any) -> bool:
+    return value is not None
+
+
+def _is_a_model(value: Any) -> bool:
+    return isinstance(value, (str, Mapping))
+
+
+def _shares_sequences(value: Any) -> bool:
+    """A block whose `size` is above 1, or that is not understood here."""
+    return not isinstance(value, Mapping) or value.get("size", 1) != 1
+
+
 REFUSALS = (
     Refusal("streaming", bool, "rows must be there to be scored; remove it"),
     Refusal("pretraining_dataset", bool, "a pretraining set has no responses; use `datasets:`"),
@@ -38,10 +51,17 @@ REFUSALS = (
     ),
     Refusal("skip_prepare_dataset", bool, "the plugin has to prepare the data set; remove it"),
     Refusal("reward_model", lambda value: value is True, "this trains a reward model, not a policy; remove it"),
+    Refusal("reward_model", _is_a_model, "true or false here; a model that grades belongs inside the block `deft:`"),
     Refusal("process_reward_model", bool, "this trains a reward model, not a policy; remove it"),
     Refusal("trainer_cls", bool, "the method brings its own trainer; remove it"),
     Refusal("processor_type", bool, "only text can be scored by references of another kind; remove it"),
     Refusal("use_eaft", bool, "it is another loss; remove it or `rl:`"),
+    Refusal("use_dft", bool, "it is another loss; remove it or `rl:`"),
+    Refusal("diffusion_lm", _is_set, "it is another loss; remove it or `rl:`"),
+    Refusal("diffusion_decision", _is_set, "it is another loss; remove it or `rl:`"),
+    Refusal("balance_labels", bool, "the loss is a mean over samples, and batches are the method's own; remove it"),
+    Refusal("label_balance_window_optim_steps", _above_one, "the loss is a mean over samples; remove it"),
+    Refusal("adapter", lambda value: value == "mixlora", "it brings a trainer of its own; use `lora` or `qlora`"),
     Refusal("orpo_alpha", bool, "it is another loss; remove it or `rl:`"),
     Refusal("label_smoothing_factor", bool, "the loss has no labels to smooth; remove it"),
     Refusal("batch_flattening", bool, "use `sample_packing: true`"),
@@ -51,14 +71,13 @@ REFUSALS = (
     ),
     Refusal("remove_unused_columns", bool, "the method's columns would be removed; remove it"),
     Refusal("context_parallel_size", _above_one, "a sequence must stay on one device; remove it"),
+    Refusal("context_parallel", _shares_sequences, "a sequence must stay on one device; remove it"),
     Refusal("sequence_parallel_degree", _above_one, "a sequence must stay on one device; remove it"),
     Refusal("tensor_parallel_size", _above_one, "the output head must stay whole; remove it"),
-    Refusal("rl_beta", lambda value: value is not None, "not read by this method; remove it"),
+    Refusal("rl_beta", _is_set, "not read by this method; remove it"),
     Refusal("trl", bool, "TRL's settings are not read by this method; remove the block"),
-    Refusal("precompute_ref_log_probs", lambda value: value is not None, "not read by this method; remove it"),
-    Refusal(
-        "max_prompt_len", lambda value: value is not None, "prompts are not cut; rows over `sequence_len` are left out"
-    ),
+    Refusal("precompute_ref_log_probs", _is_set, "not read by this method; remove it"),
+    Refusal("max_prompt_len", _is_set, "prompts are not cut; rows over `sequence_len` are left out"),
 )
 
 RANKED_REFUSALS = (

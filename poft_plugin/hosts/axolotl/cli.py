@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from poft_plugin.hosts.axolotl.errors import one_message
+from poft_plugin.hosts.axolotl.quiet import host_kept_quiet
+
 if TYPE_CHECKING:
     from poft_plugin.hosts.axolotl.commands import Session
 
@@ -15,18 +18,18 @@ CONFIG = click.argument("config", type=click.Path(exists=True, dir_okay=False))
 
 
 def _command(function: Callable[..., None]) -> Callable[..., None]:
-    """Runs a command on an opened config; a ValueError is a message for the user, not a traceback."""
+    """Runs a command on an opened config; an error that a user can mend is one message."""
 
     @functools.wraps(function)
     def wrapper(config: str, **options: Any) -> None:
-        os.environ.setdefault("AXOLOTL_LOG_LEVEL", "WARNING")
         os.environ["AXOLOTL_IS_PREPROCESS"] = "1"
-        from poft_plugin.hosts.axolotl.commands import Session
+        with one_message(), host_kept_quiet():
+            from poft_plugin.hosts.axolotl.raw_config import check_asked_for
 
-        try:
+            check_asked_for(config)
+            from poft_plugin.hosts.axolotl.commands import Session
+
             function(Session.open(config), **options)
-        except ValueError as error:
-            raise click.ClickException(str(error)) from error
 
     return wrapper
 

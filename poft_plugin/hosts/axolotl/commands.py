@@ -1,6 +1,6 @@
 """What the commands of `axolotl poft` do, on one opened config."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -10,14 +10,16 @@ from axolotl.cli.config import load_cfg
 from axolotl.integrations.base import PluginManager
 from axolotl.utils.dict import DictDefault
 
-from poft_plugin.config import DeftConfig, PoftConfig, RankingConfig
+from poft_plugin.config import DeftConfig, PoftConfig, RankingConfig, ScoringBlock
 from poft_plugin.data.columns import CONVERSATION
 from poft_plugin.data.preparation import Rows, RunContext
-from poft_plugin.hosts.axolotl.datasets import graded_rows, load_host_rows, run_context
+from poft_plugin.data.render import Rendered
+from poft_plugin.hosts.axolotl.datasets import graded_rows, load_host_rows, run_context, unique_rows
+from poft_plugin.hosts.axolotl.entries import ENTRIES, SALT_FIELD
 from poft_plugin.hosts.axolotl.plugin import PoftPlugin
 from poft_plugin.hosts.axolotl.run import MethodRun
 from poft_plugin.report.console import make_console
-from poft_plugin.report.tokens import coloured
+from poft_plugin.report.tokens import marked
 from poft_plugin.scoring.cache import Lookup, ScoreCache, cache_folder
 from poft_plugin.scoring.checkpoints import MissingCheckpointError
 from poft_plugin.scoring.exchange import export_scores, import_scores
@@ -25,7 +27,8 @@ from poft_plugin.scoring.graded import export_graded, write_graded_rows
 from poft_plugin.scoring.plan import matmul_rate, plan_reference, print_plan, probe
 from poft_plugin.scoring.pretrained import PretrainedScorer
 from poft_plugin.scoring.references import open_references, reference_rewards
-from poft_plugin.scoring.rewards import needs_scores, open_reward_model, response_rows, scoring_settings
+from poft_plugin.scoring.rewards import KIND as REWARD_MODEL
+from poft_plugin.scoring.rewards import needs_scores, open_reward_model, response_rows, rows_to_score
 from poft_plugin.scoring.run import Share, accelerator, prepare_missing, score_prepared
 from poft_plugin.scoring.sources import Source, check_revisions, score_all
 from poft_plugin.scoring.start_policy import KIND as START_POLICY
@@ -62,7 +65,7 @@ class Session:
     config: str
     cfg: DictDefault
     run: MethodRun
-    scoring: PoftConfig | DeftConfig
+    scoring: ScoringBlock
     context: RunContext
 
     @classmethod
@@ -77,8 +80,9 @@ class Session:
         settings = run.settings
         if not isinstance(settings, (PoftConfig, RankingConfig)):
             raise ValueError(f"{config}: `rl: {run.method.name}` has nothing to score that is known here")
-        scoring = settings if isinstance(settings, PoftConfig) else scoring_settings(settings)
-        return cls(config, cfg, run, scoring, run_context(cfg, "score"))
+        sets = [ENTRIES[entry[SALT_FIELD]].label for entry in [*cfg.datasets, *(cfg.test_datasets or [])]]
+        console.print(f"{config}: rl: {run.method.name} ({run.method.paper}); reading {', '.join(sets)}")
+        return cls(config, cfg, run, settings, run_context(cfg, "score"))
 
     @property
     def cache(self) -> ScoreCache:
@@ -89,35 +93,43 @@ class Session:
     def rows(self) -> Rows:
         """Every row of the training and evaluation sets once."""
         train, evaluation, _ = load_host_rows(self.cfg)
-        tables = [part.rows.table for part in (train, evaluation) if part is not None]
-        return Rows(pa.concat_tables(tables), {}).unique()
+        return unique_rows(train, evaluation)
 
     @cached_property
     def jobs(self) -> list[Job]:
-        """What is scored for this config, checked, not loaded.
-
-        Raises:
-            ValueError: if nothing is.
-        """
+        """What is scored for this config, checked, not loaded; maybe nothing."""
         settings = self.run.settings
         if isinstance(settings, PoftConfig):
             return [Job(source, self.rows) for source in open_references(settings, self.cache)]
         jobs = []
         assert isinstance(settings, RankingConfig)
         if settings.reward_model is not None and needs_scores(settings):
-            responses, _ = response_rows([self.rows.sample(i) for i in range(len(self.rows))], self.rows)
+            responses = self._responses(rows_to_score(self.rows, settings))
             jobs.append(Job(open_reward_model(settings.reward_model, self.cache), responses))
         if self.run.method.needs_start_policy:
             policy = self.context.policy
             assert policy is not None
             sequences, _ = token_rows(self.rows, policy.sequence_len)
             jobs.append(Job(open_start_policy(policy, self.cache), sequences))
-        if not jobs:
-            raise ValueError(f"{self.config}: `rl: {self.run.method.name}` with these settings has nothing to score")
         return jobs
 
     def plan(self, batches: int | None) -> None:
-        """Prints the plan; with `batches`, times that many of each model."""
+        """Prints the plan, with `batches` the time of that many of each model; and grades that need no scoring."""
+        self._plan_scoring(batches)
+        settings = self.run.settings
+        if not isinstance(settings, DeftConfig) or not settings.grades:
+            return
+        graders = [job for job in self.jobs if job.source.kind == REWARD_MODEL]
+        if any(job.source.lookup(job.rows, self.cache).missing.any() for job in graders):
+            console.print("grades: after scoring, here again")
+            return
+        graded_alone = replace(self.run.method, preprocessors=("response_scores",))  # no start policy is asked for
+        graded_rows(self.cfg, replace(self.run, method=graded_alone), self.context)
+
+    def _plan_scoring(self, batches: int | None) -> None:
+        if not self.jobs:
+            console.print("nothing to score: no model is asked for with these settings")
+            return
         planned = [plan_reference(job.source, job.rows, self.cache) for job in self.jobs]
         scorers = [job.source.scorer for job in self.jobs]
         rates = [
@@ -141,7 +153,7 @@ class Session:
     def score(self, num_shards: int | None, shard: int | None) -> None:
         """Scores what is missing: this process's share, or the share that was asked for."""
         if self.context.rank == 0:
-            self.plan(None)
+            self._plan_scoring(None)
         if num_shards is not None:
             self._score_shard(Share(shard, num_shards))
         elif isinstance(self.run.settings, PoftConfig):
@@ -164,20 +176,28 @@ class Session:
             console.print(f"{job.source.label}: shard {share.index} of {share.count}: {len(prepared)} rows scored")
 
     def show(self, count: int) -> None:
-        """Prints the first rows as each model sees them, counted tokens in colour."""
+        """Prints the first rows as each model sees them, counted tokens marked: all responses of a row together."""
+        if not console.is_terminal:
+            console.print("each token that counts is between « and »")
         for job in self.jobs:
-            scorer, rows = job.source.scorer, job.rows
-            if not isinstance(scorer, PretrainedScorer):
-                console.print(f"{job.source.label}: imported scores, no model to show")
-                continue
             if job.source.kind == START_POLICY:
                 continue  # it is shown the policy's own tokens: `axolotl preprocess --debug` prints them
-            for index in range(min(count, len(rows))):
-                where = rows.where(index)
-                rendered = scorer.render(rows.conversation(index), where)
-                counts = f"{rendered.num_counted} of {len(rendered.input_ids)} tokens counted"
-                console.rule(f"{job.source.label}: {where}: {counts}")
-                console.print(coloured(rendered))
+            if not isinstance(job.source.scorer, PretrainedScorer):
+                console.print(f"{job.source.label}: imported scores, no model to show")
+                continue
+            for index in range(min(count, len(self.rows))):
+                self._show_row(job.source.scorer, index)
+
+    def _show_row(self, scorer: PretrainedScorer, index: int) -> None:
+        where = self.rows.where(index)
+        if isinstance(self.run.settings, PoftConfig):
+            _print_rendered(scorer.render(self.rows.conversation(index), where), f"{scorer.name}: {where}")
+            return
+        sample = self.rows.sample(index)
+        names = [f"response {number + 1} of {len(sample.responses)}" for number in range(len(sample.responses))]
+        for number, name in enumerate(["chosen", "rejected"] if len(names) == 2 else names):
+            rendered = scorer.render(sample.conversation(number), where)
+            _print_rendered(rendered, f"{scorer.name}: {where}: {name}")
 
     def export(self, out: str, *, list_rows: bool, levels: tuple[str, ...], jsonl: bool) -> None:
         """Writes the cached scores, or the graded rows themselves."""
@@ -213,7 +233,7 @@ class Session:
         assert isinstance(settings, RankingConfig)
         if settings.reward_model is None:
             raise ValueError(f"{self.config}: no `deft.reward_model` to score these responses with")
-        responses, _ = response_rows([self.rows.sample(i) for i in range(len(self.rows))], self.rows)
+        responses = self._responses(rows_to_score(self.rows, settings))
         name = settings.reward_model.source
         try:
             source = open_reward_model(settings.reward_model, self.cache)
@@ -234,21 +254,29 @@ class Session:
         elif settings.reward_model is None:
             raise ValueError(f"{self.config}: no `deft.reward_model` whose scores could be imported")
         else:
-            responses, _ = response_rows([self.rows.sample(i) for i in range(len(self.rows))], self.rows)
+            responses = self._responses(np.ones(len(self.rows), dtype=bool))
             source = settings.reward_model.source
             taken = import_scores(path, [source], responses.keys, self.cache, log_probabilities=False)
         for model, count in taken.items():
             console.print(f"{model}: {count} scores imported into {self.cache.folder}")
+
+    def _responses(self, wanted: np.ndarray) -> Rows:
+        """The responses of these rows, each after its prompt."""
+        rows = Rows(self.rows.table.filter(pa.array(wanted)), {})
+        return response_rows([rows.sample(index) for index in range(len(rows))], rows)[0]
 
     def _reward_model(self) -> Source | None:
         settings = self.run.settings.reward_model
         return None if settings is None else open_reward_model(settings, self.cache)
 
 
+def _print_rendered(rendered: Rendered, title: str) -> None:
+    console.rule(f"{title}: {rendered.num_counted} of {len(rendered.input_ids)} tokens counted")
+    console.print(marked(rendered, in_colour=console.color_system is not None))
+
+
 def _method_run(config: str) -> MethodRun:
     for plugin in PluginManager.get_instance().plugins.values():
         if isinstance(plugin, PoftPlugin) and plugin.method_run is not None:
             return plugin.method_run
-    raise ValueError(
-        f"{config}: not a config of ours: it needs `plugins: [poft_plugin.PoftPlugin]` and an `rl:` of ours"
-    )
+    raise ValueError(f"{config}: poft_plugin was not loaded; `plugins:` needs the line poft_plugin.PoftPlugin")

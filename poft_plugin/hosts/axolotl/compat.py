@@ -5,7 +5,10 @@ from typing import Any
 
 import torch
 
-TESTED_VERSIONS = ("0.19.0",)
+TESTED_VERSIONS = ("0.19.0", "0.21.0")
+
+PLUGIN = "poft_plugin.PoftPlugin"
+"""What a config has under `plugins:`."""
 
 
 def prepare_cpu_ranks(cfg: Any) -> None:
@@ -16,3 +19,15 @@ def prepare_cpu_ranks(cfg: Any) -> None:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
         cfg.device_map = None
+
+
+def name_plugin(cfg: Any) -> None:
+    """A config that was taken over names the plugin.
+
+    Fact (axolotl 0.21): a plugin of an installed package needs no line under `plugins:`, but where it cannot be loaded
+    that way, the host goes on without it. With `rl` off, whoever loads the config again (a worker of Ray's, a saved
+    config) would then train plain SFT; a plugin under `plugins:` must load. Delete when the host stops in either case.
+    """
+    plugins = list(cfg.get("plugins") or [])
+    if PLUGIN not in [str(name).replace(":", ".") for name in plugins]:
+        cfg["plugins"] = [*plugins, PLUGIN]

@@ -1,7 +1,7 @@
 """The host's prepared data sets, with the method's columns attached and its filters applied."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +15,12 @@ from axolotl.utils.trainer import calculate_total_num_steps
 from datasets import Dataset, concatenate_datasets
 
 from poft_plugin.config import DeftConfig
-from poft_plugin.data.columns import CONVERSATION, GROUP, ROW_INDEX, ROW_KEY, ROW_NUMBER, SOURCE
+from poft_plugin.data.columns import CONVERSATION, DROPPABLE, GROUP, LEFT_OUT, ROW_INDEX, ROW_KEY, ROW_NUMBER, SOURCE
 from poft_plugin.data.preparation import Columns, Prepared, Purpose, Rows, RunContext
+from poft_plugin.data.split import evaluation_rows
 from poft_plugin.hosts.axolotl.checks import check_packing, check_share_prompt
 from poft_plugin.hosts.axolotl.entries import SUPPORTED_TYPES
+from poft_plugin.hosts.axolotl.left_out import nothing_left, set_name
 from poft_plugin.hosts.axolotl.policy import check_linear_head, check_no_window, policy_of
 from poft_plugin.hosts.axolotl.ranked_datasets import (
     RANKED_COLUMNS,
@@ -28,14 +30,18 @@ from poft_plugin.hosts.axolotl.ranked_datasets import (
     not_in_evaluation,
     pack_tokens,
     short_enough,
+    too_long,
 )
 from poft_plugin.hosts.axolotl.run import MethodRun
 from poft_plugin.plugins import registry
 
 LOG = get_logger("axolotl.poft_plugin")  # the host shows messages of its own namespace only
 
-TEXT_COLUMNS = (CONVERSATION, SOURCE, ROW_NUMBER, GROUP)
+TEXT_COLUMNS = (CONVERSATION, SOURCE, ROW_NUMBER, GROUP, DROPPABLE, LEFT_OUT)
 """What rows carry until their scores are joined."""
+
+FEW_ROWS = 50
+"""Training rows below which filters have hardly left what was meant."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +51,15 @@ class HostRows:
     Args:
         dataset: the host's.
         rows: its `row_key` and text columns, in order.
+        name: the key that they come from, for messages.
     """
 
     dataset: Dataset
     rows: Rows
+    name: str
 
     @classmethod
-    def of(cls, dataset: Dataset) -> "HostRows":
+    def of(cls, dataset: Dataset, name: str) -> "HostRows":
         """Reads the text columns out of a prepared data set.
 
         Raises:
@@ -63,14 +71,51 @@ class HostRows:
                 "datasets: rows that are already tokenized (they have input_ids and labels) hold no text that "
                 f"references could score; give raw rows. What works: {SUPPORTED_TYPES}"
             )
-        return cls(dataset, Rows(dataset.select_columns(names).with_format("arrow")[:], {}))
+        return cls(dataset, Rows(dataset.select_columns(names).with_format("arrow")[:], {}), name)
+
+    def attach(self, columns: Columns) -> "HostRows":
+        """The same with these columns; one that is not for all of these rows is left out."""
+        there = {name: values for name, values in columns.items() if not _has_gaps(values)}
+        return replace(self, rows=replace(self.rows, attached={**self.rows.attached, **there}))
+
+    def select(self, keep: np.ndarray) -> "HostRows":
+        """The rows that are kept."""
+        attached = {name: values[keep] for name, values in self.rows.attached.items()}
+        rows = Rows(self.rows.table.filter(pa.array(keep)), attached)
+        return replace(self, dataset=self.dataset.select(np.flatnonzero(keep)), rows=rows)
 
 
 def load_host_rows(cfg: DictDefault) -> tuple[HostRows, HostRows | None, int | None]:
-    """Training and evaluation rows as the host prepares them, and its own step count."""
+    """Training and evaluation rows as the host prepares them, and its own step count.
+
+    `val_set_size` rows are set aside by their keys: the host takes the last ones of its own shuffle.
+
+    Raises:
+        ValueError: as `HostRows.of`, or if no row is left to train on.
+    """
     meta = load_host_datasets(cfg=cfg)
-    evaluation = HostRows.of(meta.eval_dataset) if meta.eval_dataset is not None else None
-    return HostRows.of(meta.train_dataset), evaluation, meta.total_num_steps
+    trained, evaluated = (set_name(cfg, evaluation=evaluation) for evaluation in (False, True))
+    if meta.eval_dataset is None or cfg.test_datasets:
+        evaluation = None if meta.eval_dataset is None else HostRows.of(meta.eval_dataset, evaluated)
+        return HostRows.of(meta.train_dataset, trained), evaluation, meta.total_num_steps
+    whole = HostRows.of(concatenate_datasets([meta.train_dataset, meta.eval_dataset]), trained)
+    aside = evaluation_rows(whole.rows.keys.to_pylist(), len(meta.eval_dataset))
+    train = _selected(whole, ~aside, f"for evaluation (val_set_size: {cfg.val_set_size})")
+    return train, replace(whole.select(aside), name=evaluated), meta.total_num_steps
+
+
+def unique_rows(train: HostRows | None, evaluation: HostRows | None) -> Rows:
+    """Every row of both sets once; a row that is in both is an evaluation row.
+
+    Raises:
+        ValueError: as `Rows.unique`.
+    """
+    parts = [part.rows.table for part in (train, evaluation) if part is not None]
+    unique = Rows(pa.concat_tables(parts), {}).unique()
+    if evaluation is None:
+        return unique
+    evaluated = pc.is_in(unique.keys, value_set=pc.unique(evaluation.rows.keys.combine_chunks()))
+    return replace(unique, in_training=np.asarray(pc.invert(evaluated).to_numpy()))
 
 
 def prepare(
@@ -124,19 +169,30 @@ def _graded(cfg: DictDefault, run: MethodRun, context: RunContext) -> tuple[Host
     if run.method.ranked and evaluation is not None:
         train = _selected(train, not_in_evaluation(train.rows, evaluation.rows), "that are evaluation rows")
     parts = [train] if evaluation is None else [train, evaluation]
-    unique = Rows(pa.concat_tables([part.rows.table for part in parts]), {}).unique()
+    unique = unique_rows(train, evaluation)
     prepared = _run_preprocessors(run, unique, context)
     joined = [_attach(part, unique, prepared) for part in parts]
     graded, whole = _run_training_preprocessors(run, joined[0], context)
     return graded, joined[1:], _merged([prepared, whole])
 
 
-def attach_columns(dataset: Dataset, run: MethodRun, cfg: DictDefault) -> Dataset:
-    """Attaches the method's columns to a prepared data set that came without them (`axolotl evaluate`)."""
-    part = HostRows.of(dataset)
-    unique = part.rows.unique()
+def with_columns(
+    parts: Mapping[str, tuple[HostRows, np.ndarray]], run: MethodRun, cfg: DictDefault
+) -> dict[str, Dataset]:
+    """Some rows of each set with the method's columns, from the score cache alone (`axolotl evaluate`).
+
+    Args:
+        parts: by name: a set of rows, and `(n,)` booleans that say which of them.
+        run: the method.
+        cfg: the host's config.
+
+    Raises:
+        ValueError: for a row without a cached score.
+    """
+    kept = {name: _selected(part, keep, "that the run did not have") for name, (part, keep) in parts.items()}
+    unique = unique_rows(kept.get("train"), kept.get("eval"))
     prepared = _run_preprocessors(run, unique, run_context(cfg, "evaluate"))
-    return _finished(_attach(part, unique, prepared), run, cfg)
+    return {name: _finished(_attach(part, unique, prepared), run, cfg) for name, part in kept.items()}
 
 
 def run_context(cfg: DictDefault, purpose: Purpose) -> RunContext:
@@ -154,8 +210,7 @@ def _run_training_preprocessors(run: MethodRun, train: HostRows, context: RunCon
     """Those that see the training rows as they are: their columns need no join."""
     names = run.method.training_preprocessors
     prepared = _merged([registry().preprocessors[name](train.rows, run.settings_for(name), context) for name in names])
-    attached = {**train.rows.attached, **prepared.columns}
-    return HostRows(train.dataset, Rows(train.rows.table, attached)), prepared
+    return train.attach(prepared.columns), prepared
 
 
 def _merged(results: Sequence[Prepared]) -> Prepared:
@@ -168,41 +223,45 @@ def _merged(results: Sequence[Prepared]) -> Prepared:
 def _attach(part: HostRows, unique: Rows, prepared: Prepared) -> HostRows:
     """Joins by row key, and takes out rows that must not be used."""
     index = pc.index_in(part.rows.keys, value_set=unique.keys.combine_chunks()).to_numpy()
-    attached: Columns = {name: np.asarray(values)[index] for name, values in prepared.columns.items()}
-    joined = HostRows(part.dataset, Rows(part.rows.table, attached))
+    joined = part.attach({name: np.asarray(values)[index] for name, values in prepared.columns.items()})
     if not prepared.dropped:
         return joined
     keep = pc.invert(pc.is_in(part.rows.keys, value_set=pa.array(sorted(prepared.dropped)))).to_numpy()
-    return _selected(joined, keep, "that a reference cannot read")
+    return _selected(joined, keep, "that a reference or reward model cannot read")
 
 
 def _filtered(run: MethodRun, part: HostRows) -> HostRows:
     for name, settings in run.filters:
         keep = registry().row_filters[name](part.rows, **settings)
         part = _selected(part, np.asarray(keep, dtype=bool), f"by the filter {name}")
+    if run.filters and len(part.rows) < FEW_ROWS:
+        LOG.warning(f"only {len(part.rows)} rows are left to train on by {', '.join(name for name, _ in run.filters)}")
     return part
 
 
-def _selected(part: HostRows, keep: np.ndarray, why: str) -> HostRows:
+def _selected(part: HostRows, keep: np.ndarray, why: str, remedy: str = "") -> HostRows:
     if not keep.all():
         LOG.info(f"{len(keep) - int(keep.sum()):,} of {len(keep):,} rows left out {why}")
     if not keep.any():
-        raise ValueError(f"no rows left to train on: all {len(keep)} were left out {why}")
-    attached = {name: values[keep] for name, values in part.rows.attached.items()}
-    return HostRows(part.dataset.select(np.flatnonzero(keep)), Rows(part.rows.table.filter(pa.array(keep)), attached))
+        raise nothing_left(len(keep), part.name, why, remedy)
+    return part.select(keep)
+
+
+def _has_gaps(values: np.ndarray) -> bool:
+    return values.dtype == object and any(value is None for value in values)
 
 
 def _finished(part: HostRows, run: MethodRun, cfg: DictDefault, *, packed: bool = False) -> Dataset:
     """The data set that the trainer gets: text columns off, the method's columns and a row index on."""
     if run.method.ranked:
-        part = _selected(part, short_enough(part.rows, cfg), f"with a sequence over sequence_len {cfg.sequence_len}")
+        part = _selected(part, short_enough(part.rows, cfg), *too_long(part.rows, cfg))
         dataset = laid_out(part.rows, list(part.rows.attached), share_prompts=packed and run.share_prompts)
         if packed:
             check_pack(part.rows, np.asarray(dataset["length"]), cfg)
         return dataset
     columns: dict[str, Sequence[float] | np.ndarray] = dict(part.rows.attached)
     columns[ROW_INDEX] = np.arange(len(part.rows))
-    texts = [name for name in TEXT_COLUMNS if name in part.dataset.column_names]
+    texts = [name for name in (CONVERSATION, GROUP) if name in part.dataset.column_names]
     return concatenate_datasets([part.dataset.remove_columns(texts), Dataset.from_dict(columns)], axis=1)
 
 

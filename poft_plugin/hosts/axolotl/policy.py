@@ -1,12 +1,20 @@
 """What preprocessors have to know of the policy, out of the host's config; the weights are not loaded."""
 
+from pathlib import Path
 from typing import Any
 
 from axolotl.loaders import load_tokenizer
 from axolotl.loaders.utils import load_model_config
 from axolotl.utils.dict import DictDefault
+from axolotl.utils.logging import get_logger
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from poft_plugin.data.preparation import Policy
+from poft_plugin.scoring.attention import SOFT_CAP, drops_soft_cap
+from poft_plugin.scoring.loading import load_complete
+
+LOG = get_logger("axolotl.poft_plugin")
 
 
 def policy_of(cfg: DictDefault) -> Policy:
@@ -21,6 +29,41 @@ def policy_of(cfg: DictDefault) -> Policy:
         quantization=_quantization(cfg, dtype),
         attn_implementation=cfg.attn_implementation,
         trust_remote_code=bool(cfg.trust_remote_code),
+    )
+
+
+def check_policy_weights(cfg: DictDefault, *, train: bool) -> None:
+    """Refuses a checkpoint that does not fill the policy: the host would train what is missing from random numbers.
+
+    Names and shapes are read, no weights. Not looked at: checkpoints that are quantised already (their tensors have
+    other names), random policies that were asked for, and before training those that are not on this machine.
+
+    Args:
+        cfg: the host's config.
+        train: whether the host loads the policy next.
+
+    Raises:
+        ValueError: naming the tensors.
+    """
+    config, folder = load_model_config(cfg), Path(cfg.base_model)
+    if drops_soft_cap(config.get_text_config(), cfg.attn_implementation):
+        LOG.warning(
+            f"base_model {cfg.base_model}: attn_implementation: {cfg.attn_implementation or 'sdpa'} leaves out the "
+            f"soft-cap of its attention scores ({SOFT_CAP}): it is trained as another model than was published. Set "
+            "`attn_implementation: eager`, flash_attention_2 or flex_attention"
+        )
+    there = any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")) if folder.is_dir() else train
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and getattr(config, "quantization_config", None) is None
+    if not there or not known or cfg.reinit_weights:
+        return
+    load_complete(
+        AutoModelForCausalLM,
+        str(cfg.base_model),
+        f"base_model {cfg.base_model}",
+        config=config,
+        revision=cfg.revision_of_model or "main",
+        trust_remote_code=bool(cfg.trust_remote_code),
+        device_map={"": "meta"},
     )
 
 

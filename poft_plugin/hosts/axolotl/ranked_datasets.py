@@ -8,9 +8,19 @@ from axolotl.utils.logging import get_logger
 from datasets import Dataset
 from datasets.table import InMemoryTable
 
-from poft_plugin.data.columns import ORDER, RANKED_INPUT_IDS, RANKED_LABELS, ROW_INDEX, ROW_KEY, SEQUENCE_LENGTHS
+from poft_plugin.data.columns import (
+    ORDER,
+    RANKED_INPUT_IDS,
+    RANKED_LABELS,
+    ROW_INDEX,
+    ROW_KEY,
+    ROW_NUMBER,
+    SEQUENCE_LENGTHS,
+    SOURCE,
+)
 from poft_plugin.data.groups import in_order, lay_out, longest_sequences
 from poft_plugin.data.preparation import Rows, RunContext
+from poft_plugin.hosts.axolotl.left_out import over_length
 
 LOG = get_logger("axolotl.poft_plugin")  # the host shows messages of its own namespace only
 
@@ -38,6 +48,13 @@ def short_enough(rows: Rows, cfg: DictDefault) -> np.ndarray:
             f"tokens, the longest {rows.where(worst)} with {lengths[worst]} (excess_length_strategy: raise)"
         )
     return keep
+
+
+def too_long(rows: Rows, cfg: DictDefault) -> tuple[str, str]:
+    """Why rows are left out that `short_enough` does not keep, and the remedy."""
+    lengths = longest_sequences(rows)
+    worst = int(lengths.argmax())
+    return over_length(cfg.sequence_len, rows.where(worst), int(lengths[worst]))
 
 
 def check_pack(rows: Rows, lengths: np.ndarray, cfg: DictDefault) -> None:
@@ -92,7 +109,8 @@ def laid_out(rows: Rows, names: list[str], *, share_prompts: bool = False) -> Da
     """The data set that the trainer gets: tokens of whole groups, from best to worst, and the method's columns."""
     order = rows.attached.get(ORDER)
     columns = {name: _column(rows.attached[name], order) for name in names if name != ORDER}
-    columns |= {ROW_KEY: rows.keys, ROW_INDEX: pa.array(np.arange(len(rows)))}
+    columns |= {name: rows.table[name] for name in (ROW_KEY, SOURCE, ROW_NUMBER)}
+    columns[ROW_INDEX] = pa.array(np.arange(len(rows)))
     table = lay_out(rows, share_prompts=share_prompts)
     for name, values in columns.items():
         table = table.append_column(name, values)

@@ -1,55 +1,34 @@
 """From a raw preference row to a prompt and its responses, best first.
 
-Each dataset `type` that works has one reader. The keys of an entry that name fields are the host's where the host has
-such a key, and spelt like them where it has none.
+Each dataset `type` that works has one reader. Every text under the fields that an entry names is in the sample, or the
+row is refused: no turn is lost, none becomes part of another.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field
-
-from poft_plugin.config import Block
-from poft_plugin.data.ranked import RankedSample, pair, ranked_list
+from poft_plugin.data.ranked import RankedSample, pair, ranked_list, refuse_answered
 from poft_plugin.data.rows import RowError, Turn
+from poft_plugin.hosts.axolotl.ranked_fields import (
+    DIALOGUES,
+    HH_RLHF,
+    RANKED,
+    RankedFields,
+    Row,
+    field_of,
+    is_list,
+    shown,
+)
+from poft_plugin.hosts.axolotl.ranked_order import ranks_by_winner, ranks_of, scores_of
+from poft_plugin.hosts.axolotl.ranked_turns import answer, dialogue, is_hh, is_marked, prompt_turns
 
-HH_RLHF = "poft_plugin.hh_rlhf"
-RANKED = "poft_plugin.ranked"
-PAIRS = ("chat_template", "chat_template.default")
-DIALOGUES = "chat_template.argilla_chat"
-RANKED_TYPES = (*PAIRS, DIALOGUES, HH_RLHF, RANKED)
-
-Row = Mapping[str, Any]
 RankedReader = Callable[[Row, str], RankedSample]
 
-_MARK = re.compile(r"\n\n(Human|Assistant):")
-_ROLE = {"Human": "user", "Assistant": "assistant"}
-_DEFAULT_ROLES = {"user": ["user", "human"], "assistant": ["assistant", "gpt"], "system": ["system"], "tool": ["tool"]}
+Answer = tuple[list[Turn], Any]
+"""The turns that a response's field holds before the response, and its text."""
 
-
-class RankedFields(Block):
-    """The keys of a dataset entry that say where prompt, responses and scores are."""
-
-    field_messages: str = Field("messages", description="Turns of the prompt (or its text).")
-    field_prompt: str = Field("prompt", description="Text of the prompt, where there are no messages.")
-    field_chosen: str = Field("chosen", description="The better response: text, a message, or (dialogues) all turns.")
-    field_rejected: str = Field("rejected", description="The worse response.")
-    field_responses: str = Field("responses", description="`poft_plugin.ranked`: the list of responses.")
-    field_response_text: str | None = Field(None, description="Field of a response's text, where it is an object.")
-    field_response_score: str | None = Field(None, description="Field of a response's score, where it is an object.")
-    field_scores: str = Field("scores", description="A score for each response (a pair: the chosen one's first).")
-    message_property_mappings: Mapping[str, str] = Field(
-        default_factory=dict, description="The host's: names of `role` and `content` in a message."
-    )
-    roles: Mapping[str, Sequence[str]] | None = Field(None, description="The host's: names of roles in the data.")
-    on_unusable_row: Literal["error", "drop"] | None = Field(
-        None, description="A row without two usable responses: error (the default), or drop (hh_rlhf's default)."
-    )
-
-    def drops(self, kind: str) -> bool:
-        """Whether rows that cannot be used are left out, with a line that counts them."""
-        return (self.on_unusable_row or ("drop" if kind == HH_RLHF else "error")) == "drop"
+TEXT_COLUMNS = ("system", "system_prompt", "system_message", "instruction", "input", "context", "history")
+"""Columns whose text people expect in the prompt."""
 
 
 def ranked_reader(kind: str, fields: RankedFields) -> RankedReader:
@@ -59,157 +38,241 @@ def ranked_reader(kind: str, fields: RankedFields) -> RankedReader:
         kind: one of `RANKED_TYPES`.
         fields: the entry's own keys.
     """
-    if kind == HH_RLHF:
-        return lambda row, where: _from_hh(row, fields, where)
-    if kind == RANKED:
-        return lambda row, where: _from_list(row, fields, where)
-    if kind == DIALOGUES:
-        return lambda row, where: _from_dialogues(row, fields, where)
-    return lambda row, where: _from_pair(row, fields, where)
+    readers = {HH_RLHF: _from_hh, RANKED: _from_list, DIALOGUES: _from_dialogues}
+    reader = readers.get(kind, _from_pair)
+
+    def read(row: Row, where: str) -> RankedSample:
+        _refuse_tools(row, where)
+        return reader(row, fields, where)
+
+    return read
 
 
-def parse_hh_dialogue(text: str, where: str) -> list[Turn]:
-    r"""The turns of a dialogue of Anthropic/hh-rlhf; two marks of one role in a row are one turn.
-
-    Args:
-        text: `\n\nHuman: ...\n\nAssistant: ...`.
-        where: names the row in errors.
-
-    Examples:
-        >>> [turn.content for turn in parse_hh_dialogue("\n\nHuman: hi\n\nAssistant: ho", "row 0")]
-        ['hi', 'ho']
-    """
-    before, *pieces = _MARK.split(text if text.startswith("\n") else f"\n\n{text}")
-    if before.strip() or not pieces:
-        raise RowError(f"{where}: not a dialogue of hh-rlhf: it begins {text[:40]!r}, not '\\n\\nHuman:'")
-    turns: list[Turn] = []
-    for mark, content in zip(pieces[::2], pieces[1::2], strict=True):
-        role, content = _ROLE[mark], content.strip()
-        if turns and turns[-1].role == role:
-            turns[-1] = Turn(role, "\n\n".join(filter(None, [turns[-1].content, content])))
-        else:
-            turns.append(Turn(role, content))
-    return turns
+def unread_columns(row: Row, sample: RankedSample, fields: RankedFields) -> list[str]:
+    """Columns that look like a part of the prompt, are not empty, and are neither read nor in the prompt already."""
+    known = "\n".join(turn.content for turn in sample.prompt)
+    found = []
+    for name in TEXT_COLUMNS:
+        value = row.get(name)
+        text = value.strip() if isinstance(value, str) else ""
+        if name not in fields.columns() and (text not in known if text else is_list(value) and value):
+            found.append(name)
+    return found
 
 
 def _from_hh(row: Row, fields: RankedFields, where: str) -> RankedSample:
-    chosen, rejected = (
-        parse_hh_dialogue(_text(row, name, where), where) for name in (fields.field_chosen, fields.field_rejected)
-    )
-    return _from_turns(chosen, rejected, _scores(row, fields), where)
+    """Two whole dialogues as text; or a prompt as such text, with bare responses beside it."""
+    fields = fields.model_copy(update={"text_format": "hh"})
+    names = (fields.field_chosen, fields.field_rejected)
+    texts = [_text(row, name, where) for name in names]
+    if any(is_hh(text) for text in texts) or not isinstance(row.get(fields.field_prompt), str):
+        return _from_dialogues(row, fields, where)
+    answers = [answer(text, name, fields, where) for name, text in zip(names, texts, strict=True)]
+    return _pair(row, _prompt(row, fields, where), answers, fields, where)
 
 
 def _from_dialogues(row: Row, fields: RankedFields, where: str) -> RankedSample:
-    chosen, rejected = (
-        _turns(_field(row, name, where), fields, where) for name in (fields.field_chosen, fields.field_rejected)
-    )
-    return _from_turns(chosen, rejected, _scores(row, fields), where)
-
-
-def _from_turns(
-    chosen: Sequence[Turn], rejected: Sequence[Turn], scores: Sequence[float] | None, where: str
-) -> RankedSample:
     """Two whole dialogues that differ in the last answer alone."""
-    for name, turns in (("chosen", chosen), ("rejected", rejected)):
+    names = (fields.field_chosen, fields.field_rejected)
+    found = [dialogue(field_of(row, name, where), fields, where) for name in names]
+    for name, turns in zip(("chosen", "rejected"), found, strict=True):
         if not turns or turns[-1].role != "assistant":
             raise RowError(f"{where}: the {name} dialogue does not end with an assistant turn. Remove the row")
-    if list(chosen[:-1]) != list(rejected[:-1]):
-        raise RowError(
-            f"{where}: the two dialogues differ before the last answer, so that there is no common prompt. Remove the "
-            "row, or set `on_unusable_row: drop` for the data set"
-        )
-    return pair(chosen[:-1], chosen[-1].content, rejected[-1].content, scores=scores, where=where)
+    return _pair(row, None, [(turns[:-1], turns[-1].content) for turns in found], fields, where)
 
 
 def _from_pair(row: Row, fields: RankedFields, where: str) -> RankedSample:
-    if fields.field_chosen not in row and fields.field_responses in row:
+    lists = [fields.field_responses] if isinstance(fields.field_responses, str) else fields.field_responses
+    if fields.field_chosen not in row and any(name in row for name in lists):
         raise RowError(
             f"{where}: a list of responses; set `type: {RANKED}` for the data set, or give `{fields.field_chosen}`"
         )
-    chosen, rejected = (_response(row, name, fields, where) for name in (fields.field_chosen, fields.field_rejected))
-    return pair(_prompt(row, fields, where), chosen, rejected, scores=_scores(row, fields), where=where)
+    names = (fields.field_chosen, fields.field_rejected)
+    values = [field_of(row, name, where) for name in names]
+    if not _has_prompt(row, fields) and all(is_list(value) and len(value) > 1 for value in values):
+        raise _no_prompt(row, fields, where, f"Set `type: {DIALOGUES}`, which reads whole dialogues")
+    prompt = _prompt(row, fields, where)
+    hh = _prompt_is_hh(row, fields, where)
+    answers = [answer(value, name, fields, where, hh=hh) for name, value in zip(names, values, strict=True)]
+    return _pair(row, prompt, answers, fields, where)
 
 
 def _from_list(row: Row, fields: RankedFields, where: str) -> RankedSample:
-    items = _field(row, fields.field_responses, where)
-    if isinstance(items, (str, Mapping)) or not isinstance(items, Sequence):
-        raise RowError(f"{where}: {fields.field_responses!r} is no list but {items!r}")
-    texts, scores = [], []
-    for number, item in enumerate(items):
-        if not isinstance(item, Mapping):
-            texts.append(item)
-            continue
-        if fields.field_response_text is None:
-            raise RowError(
-                f"{where}: response {number} is an object with {sorted(item)}; set `field_response_text:` (and "
-                "`field_response_score:`) for the data set"
-            )
-        texts.append(_field(item, fields.field_response_text, f"{where} response {number}"))
-        if fields.field_response_score is not None:
-            scores.append(_field(item, fields.field_response_score, f"{where} response {number}"))
-    found = scores or _scores(row, fields)
-    return ranked_list(_prompt(row, fields, where), texts, scores=found, where=where)
+    items, names = _responses(row, fields, where)
+    hh = _prompt_is_hh(row, fields, where)
+    answers, scores, ranks = [], [], []
+    for number, (item, name) in enumerate(zip(items, names, strict=True)):
+        value = item
+        if isinstance(item, Mapping) and not _is_message(item, fields):
+            value = _part(item, fields.field_response_text, number, where)
+            inside = f"{where} response {number}"
+            if fields.field_response_score is not None:
+                scores.append(field_of(item, fields.field_response_score, inside))
+            if fields.field_response_rank is not None:
+                ranks.append(field_of(item, fields.field_response_rank, inside))
+        bare = not isinstance(value, (str, Mapping, Sequence)) or (is_list(value) and not _is_dialogue(value))
+        answers.append(([], value) if bare else answer(value, name, fields, where, hh=hh))
+    needs_prompt = _has_prompt(row, fields) or not all(before for before, _ in answers)
+    prompt, texts = _together(row, _prompt(row, fields, where) if needs_prompt else None, answers, fields, where)
+    found = scores or scores_of(row, fields, where)
+    order = ranks or ranks_of(row, fields, where) or ranks_by_winner(row, names, fields, where)
+    return ranked_list(prompt, texts, scores=found, ranks=order, where=where)
 
 
-def _prompt(row: Row, fields: RankedFields, where: str) -> list[Turn]:
-    if row.get(fields.field_messages) is not None:
-        return _turns(row[fields.field_messages], fields, where)
-    if row.get(fields.field_prompt) is not None:
-        return _turns(row[fields.field_prompt], fields, where)
-    raise RowError(
-        f"{where}: no prompt under {fields.field_messages!r} or {fields.field_prompt!r}; the row has {sorted(row)}. "
-        "Set `field_messages:` or `field_prompt:`"
+def _pair(
+    row: Row, prompt: list[Turn] | None, answers: Sequence[Answer], fields: RankedFields, where: str
+) -> RankedSample:
+    turns, (chosen, rejected) = _together(row, prompt, answers, fields, where)
+    return pair(turns, chosen, rejected, scores=scores_of(row, fields, where), where=where)
+
+
+def _together(
+    row: Row, prompt: list[Turn] | None, answers: Sequence[Answer], fields: RankedFields, where: str
+) -> tuple[list[Turn], list[Any]]:
+    """The common prompt and the responses' texts: turns before a response are the prompt's, or there are none."""
+    given = prompt is not None
+    if prompt is None:
+        prompt = answers[0][0] if answers else []
+    else:
+        refuse_answered(prompt, where)
+    for number, (before, _) in enumerate(answers):
+        if (before != prompt) if not given else (before and _stripped(before) != _stripped(prompt)):
+            raise _differing(number, before, where, given=given)
+    turns = _with_input(row, [t for t in prompt if t.role != "system" or t.content.strip()], fields, where)
+    return _with_system(row, turns, fields, where), [text for _, text in answers]
+
+
+def _differing(number: int, before: Sequence[Turn], where: str, *, given: bool) -> RowError:
+    if not given:
+        return RowError(
+            f"{where}: the two dialogues differ before the last answer, so that there is no common prompt. Remove the "
+            "row, or set `on_unusable_row: drop` for the data set"
+        )
+    return RowError(
+        f"{where}: response {number} has {len(before)} turn(s) before the answer "
+        f"({', '.join(turn.role for turn in before)}) that are not the prompt's; they would be lost. Set `type: "
+        f"{DIALOGUES}` for the data set if its responses are whole dialogues, or `field_messages:` to the turns before "
+        "the answer"
     )
 
 
-def _turns(value: Any, fields: RankedFields, where: str) -> list[Turn]:
-    """Messages as turns; a text is one user turn."""
-    if isinstance(value, str):
-        return [Turn("user", value)]
-    if not isinstance(value, Sequence):
-        raise RowError(f"{where}: expected messages or text, found {value!r}")
-    return [_turn(message, fields, where) for message in value]
+def _stripped(turns: Sequence[Turn]) -> list[tuple[str, str]]:
+    """What is compared: blank system turns are none."""
+    found = [(turn.role, turn.content.strip()) for turn in turns]
+    return [turn for turn in found if turn != ("system", "")]
 
 
-def _turn(message: Any, fields: RankedFields, where: str) -> Turn:
-    names = {key: fields.message_property_mappings.get(key, key) for key in ("role", "content")}
-    found = {key: message.get(name) if isinstance(message, Mapping) else None for key, name in names.items()}
-    if not all(isinstance(value, str) for value in found.values()):
+def _with_system(row: Row, turns: list[Turn], fields: RankedFields, where: str) -> list[Turn]:
+    text = _column_text(row, fields.field_system, where)
+    own = [turn.content.strip() for turn in turns if turn.role == "system"]
+    if text is None or text.strip() in own:
+        return turns
+    if own:
         raise RowError(
-            f"{where}: a message without text under {names['role']!r} and {names['content']!r}: {message!r}. Set "
-            "`message_property_mappings:` to the names in your data"
+            f"{where}: the prompt has a system turn, and {fields.field_system!r} another text ({shown(text)}). Remove "
+            "one of them, or `field_system:`"
         )
-    for role, aliases in (fields.roles or _DEFAULT_ROLES).items():
-        if found["role"] in aliases:
-            return Turn(role, str(found["content"]))
-    raise RowError(f"{where}: a message of the unknown role {found['role']!r}; set `roles:` for the data set")
+    return [Turn("system", text), *turns]
 
 
-def _response(row: Row, name: str, fields: RankedFields, where: str) -> str:
-    """A response as text, a message, or a list whose last message it is."""
-    value = _field(row, name, where)
-    if isinstance(value, str):
-        return value
-    if isinstance(value, Sequence) and value:
-        value = value[-1]
-    turn = _turn(value, fields, f"{where}: {name}")
-    if turn.role != "assistant":
-        raise RowError(f"{where}: {name!r} is a {turn.role} turn; a response is the assistant's")
-    return turn.content
+def _with_input(row: Row, turns: list[Turn], fields: RankedFields, where: str) -> list[Turn]:
+    text = _column_text(row, fields.field_input, where)
+    if text is None:
+        return turns
+    if not turns or turns[-1].role != "user":
+        raise RowError(f"{where}: {fields.field_input!r} has a text, but the prompt does not end with a user turn")
+    return [*turns[:-1], Turn("user", f"{turns[-1].content}\n\n{text}")]
 
 
-def _scores(row: Row, fields: RankedFields) -> Sequence[float] | None:
-    return row.get(fields.field_scores)
+def _column_text(row: Row, name: str | None, where: str) -> str | None:
+    """A column's text, None where it is blank."""
+    if name is None:
+        return None
+    if name not in row:
+        if name == "system":  # the host's types read it where it is there; the name cannot be a slip
+            return None
+        raise RowError(f"{where}: no {name!r}; the row has {sorted(row)}. Check the field names of the dataset entry")
+    if row[name] is not None and not isinstance(row[name], str):
+        raise RowError(f"{where}: {name!r} is {shown(row[name])}, not text")
+    return row[name] if row[name] and row[name].strip() else None
+
+
+def _prompt(row: Row, fields: RankedFields, where: str) -> list[Turn]:
+    if not _has_prompt(row, fields):
+        raise _no_prompt(row, fields, where, "Set `field_messages:` or `field_prompt:`")
+    first, second = row.get(fields.field_messages), row.get(fields.field_prompt)
+    if first is None:
+        return prompt_turns(second, fields, where)
+    turns = prompt_turns(first, fields, where)
+    if second is not None and fields.field_prompt != fields.field_messages:
+        known = {turn.content.strip() for turn in turns}
+        others = [turn for turn in prompt_turns(second, fields, where) if turn.content.strip() not in known]
+        if any(turn.content.strip() for turn in others):
+            raise RowError(
+                f"{where}: {fields.field_messages!r} and {fields.field_prompt!r} are both there, and differ "
+                f"({shown(others[0].content)}). Set `field_messages: {fields.field_prompt}` or `field_prompt: "
+                f"{fields.field_messages}` to read one of them alone"
+            )
+    return turns
+
+
+def _has_prompt(row: Row, fields: RankedFields) -> bool:
+    return any(row.get(name) is not None for name in (fields.field_messages, fields.field_prompt))
+
+
+def _no_prompt(row: Row, fields: RankedFields, where: str, remedy: str) -> RowError:
+    return RowError(
+        f"{where}: no prompt under {fields.field_messages!r} or {fields.field_prompt!r}; the row has {sorted(row)}. "
+        f"{remedy}"
+    )
+
+
+def _prompt_is_hh(row: Row, fields: RankedFields, where: str) -> bool:
+    """Whether the prompt is text with marks, so that white space around responses is markup."""
+    found = [row.get(name) for name in (fields.field_messages, fields.field_prompt)]
+    return is_marked(next((value for value in found if value is not None), None), fields, where)
+
+
+def _responses(row: Row, fields: RankedFields, where: str) -> tuple[Sequence[Any], Sequence[str]]:
+    """The responses as they come, and a name for each."""
+    if not isinstance(fields.field_responses, str):
+        names = fields.field_responses
+        return [field_of(row, name, where) for name in names], names
+    items = field_of(row, fields.field_responses, where)
+    if not is_list(items):
+        raise RowError(f"{where}: {fields.field_responses!r} is no list but {shown(items)}")
+    return items, [f"response {number}" for number in range(len(items))]
+
+
+def _part(item: Mapping[str, Any], name: str | None, number: int, where: str) -> Any:
+    if name is None:
+        raise RowError(
+            f"{where}: response {number} is an object with {sorted(item)}; set `field_response_text:` (and "
+            "`field_response_score:` or `field_response_rank:`) for the data set"
+        )
+    return field_of(item, name, f"{where} response {number}")
+
+
+def _is_message(item: Mapping[str, Any], fields: RankedFields) -> bool:
+    names = {fields.message_property_mappings.get(key, key) for key in ("role", "content")}
+    return fields.field_response_text is None and names <= item.keys()
+
+
+def _is_dialogue(value: Sequence[Any]) -> bool:
+    return bool(value) and all(isinstance(item, Mapping) for item in value)
+
+
+def _refuse_tools(row: Row, where: str) -> None:
+    tools = row.get("tools")
+    if tools and str(tools).strip() not in ("", "[]", "{}", "null", "None"):
+        raise RowError(
+            f"{where}: it has tools ({shown(tools)}), which references and reward models cannot be given. Remove such "
+            "rows (or the column, if the answers do not depend on it)"
+        )
 
 
 def _text(row: Row, name: str, where: str) -> str:
-    value = _field(row, name, where)
+    value = field_of(row, name, where)
     if not isinstance(value, str):
-        raise RowError(f"{where}: {name!r} is {value!r}, not text")
+        raise RowError(f"{where}: {name!r} is {shown(value)}, not text")
     return value
-
-
-def _field(row: Row, name: str, where: str) -> Any:
-    if row.get(name) is None:
-        raise RowError(f"{where}: no {name!r}; the row has {sorted(row)}. Check the field names of the dataset entry")
-    return row[name]

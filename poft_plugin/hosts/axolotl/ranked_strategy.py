@@ -5,6 +5,7 @@ sequence, cut to `sequence_len` so that its length filter lets every row pass: g
 tokens ride beside it, and take their place when rows were graded and filtered.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,11 @@ from axolotl.prompt_strategies.chat_template import load as load_chat_template
 from axolotl.prompt_tokenizers import DatasetWrappingStrategy
 from axolotl.utils.dict import DictDefault
 from datasets import Dataset, Features, Sequence, Value
+from jinja2 import TemplateError
 
 from poft_plugin.data.columns import (
     CONVERSATION,
+    DROPPABLE,
     GROUP,
     RANKED_INPUT_IDS,
     RANKED_LABELS,
@@ -29,13 +32,15 @@ from poft_plugin.data.ranked import RankedSample
 from poft_plugin.data.rows import RowError, raise_row_errors
 from poft_plugin.hosts.axolotl.chat_templates import with_fixed_date
 from poft_plugin.hosts.axolotl.entries import Entry
-from poft_plugin.hosts.axolotl.ranked_rows import ranked_reader
+from poft_plugin.hosts.axolotl.ranked_rows import ranked_reader, unread_columns
+from poft_plugin.hosts.axolotl.reading import HOST_ERRORS
 from poft_plugin.hosts.axolotl.trained_text import TrainedText
 
 LONG = 1 << 30
 """The host's strategy would cut a response at `sequence_len`; rows are judged by their length later, and here."""
 
-ERROR, UNUSABLE = "error", "unusable"
+ERROR, UNUSABLE, UNREAD, ALIKE = "error", "unusable", "unread", "alike"
+"""Why a row cannot be used, or is left out; columns that nothing reads; how many responses are copies of another."""
 
 
 @dataclass
@@ -78,7 +83,8 @@ class RankedStrategy(DatasetWrappingStrategy):
             desc="Reading preferences",
         )
         raise_row_errors([error for error in rows[ERROR] if error], len(rows))
-        return self._without_unusable(rows).remove_columns([ERROR, UNUSABLE])
+        self._report_unread(rows)
+        return self._without_unusable(rows).remove_columns([ERROR, UNUSABLE, UNREAD, ALIKE])
 
     def _host_strategy(self) -> Any:
         """The host's strategy for messages of which the last alone is trained on."""
@@ -89,17 +95,21 @@ class RankedStrategy(DatasetWrappingStrategy):
         return load_chat_template(self.tokenizer, cfg, settings)
 
     def _read(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
-        where, kind = f"{self.entry.label} row {index}", str(self.entry.raw["type"])
+        where, kind, fields = f"{self.entry.label} row {index}", str(self.entry.raw["type"]), self.entry.ranked.fields
+        columns, refusal = self._columns(row, index), UNUSABLE if fields.drops(kind) else ERROR
         try:
-            sample = ranked_reader(kind, self.entry.ranked.fields)(row, where)
+            sample = ranked_reader(kind, fields)(row, where)
         except RowError as refused:
-            name = UNUSABLE if self.entry.ranked.fields.drops(kind) else ERROR
-            return self._columns(row, index, None) | {name: str(refused)}
+            return columns | {refusal: str(refused)}
         try:
             self._check(sample, row, where)
-            return self._columns(row, index, sample) | self._tokens(sample, where)
         except RowError as refused:
-            return self._columns(row, index, sample) | {ERROR: str(refused)}
+            return columns | {ERROR: str(refused)}
+        columns[UNREAD] = unread_columns(row, sample, fields)
+        try:
+            return columns | self._tokens(sample, where)
+        except RowError as refused:
+            return columns | {refusal: str(refused)}
 
     def _check(self, sample: RankedSample, row: Mapping[str, Any], where: str) -> None:
         if self.entry.ranked.max_responses is not None and len(sample.responses) > self.entry.ranked.max_responses:
@@ -111,22 +121,32 @@ class RankedStrategy(DatasetWrappingStrategy):
         if column is not None and row.get(column) is None:
             raise RowError(f"{where}: no value in the column {column!r} that rows are to be ranked within")
 
-    def _columns(self, row: Mapping[str, Any], index: int, sample: RankedSample | None) -> dict[str, Any]:
+    def _columns(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
         columns: dict[str, Any] = {
             **{name: [] for name in ("input_ids", "labels", "attention_mask", RANKED_INPUT_IDS, RANKED_LABELS)},
             SEQUENCE_LENGTHS: [],
-            ROW_KEY: sample.key if sample else "",
-            CONVERSATION: sample.dumps() if sample else "",
+            ROW_KEY: "",
+            CONVERSATION: "",
             SOURCE: self.entry.label,
             ROW_NUMBER: index,
+            DROPPABLE: self.entry.ranked.fields.drops(str(self.entry.raw["type"])),
             ERROR: "",
             UNUSABLE: "",
+            UNREAD: [],
+            ALIKE: 0,
         }
         column = self.entry.group_column
         return columns if column is None else {**columns, GROUP: str(row.get(column))}
 
     def _tokens(self, sample: RankedSample, where: str) -> dict[str, Any]:
+        """A sample's columns; without a key where its responses are all the same to the policy."""
         sequences = [self._sequence(sample, index, where) for index in range(len(sample.responses))]
+        first = {tuple(ids): index for index, (ids, _) in reversed(list(enumerate(sequences)))}
+        kept = sorted(first.values())
+        alike = len(sequences) - len(kept)
+        if len(kept) == 1:
+            return {ALIKE: alike}
+        sample, sequences = sample.only(kept) if alike else sample, [sequences[index] for index in kept]
         longest = max(sequences, key=lambda sequence: len(sequence[0]))
         shown, labels = (values[-self.cfg.sequence_len :] for values in longest)
         return {
@@ -136,27 +156,66 @@ class RankedStrategy(DatasetWrappingStrategy):
             RANKED_INPUT_IDS: [token for ids, _ in sequences for token in ids],
             RANKED_LABELS: [token for _, labels in sequences for token in labels],
             SEQUENCE_LENGTHS: [len(ids) for ids, _ in sequences],
+            ROW_KEY: sample.key,
+            CONVERSATION: sample.dumps(),
+            ALIKE: alike,
         }
 
     def _sequence(self, sample: RankedSample, index: int, where: str) -> tuple[list[int], list[int]]:
         turns = sample.conversation(index)
         messages = [{"role": t.role, "content": t.content, "training": t.counted} for t in turns]
-        tokens = self.strategy.tokenize_prompt({"messages": messages})
-        TrainedText(self.tokenizer, tuple(self.cfg.eot_tokens or ())).check(
-            turns, tokens["labels"], f"{where} response {index}"
-        )
+        try:
+            tokens = self.strategy.tokenize_prompt({"messages": messages})
+        except HOST_ERRORS as error:
+            raise _refused([turn.role for turn in turns], error, where) from error
+        reader = TrainedText(self.tokenizer, tuple(self.cfg.eot_tokens or ()))
+        reader.check(turns, tokens["labels"], f"{where} response {index}")
         return list(tokens["input_ids"]), list(tokens["labels"])
 
+    def _report_unread(self, rows: Dataset) -> None:
+        for name, count in sorted(Counter(name for names in rows[UNREAD] for name in names).items()):
+            print(
+                f"{self.entry.label}: the column {name!r} is not read, though {count} of {len(rows)} rows have "
+                "something there. Name it under `field_prompt:`, `field_system:` or `field_input:` if it belongs to "
+                "the prompt",
+                flush=True,
+            )
+
     def _without_unusable(self, rows: Dataset) -> Dataset:
-        reasons = rows[UNUSABLE]
-        unusable = np.flatnonzero([bool(reason) for reason in reasons])
-        if not len(unusable):
-            return rows
-        first = reasons[int(unusable[0])]
-        if len(unusable) == len(rows):
-            raise RowError(f"{self.entry.label}: not one of its {len(rows)} rows can be used; the first: {first}")
-        print(f"{self.entry.label}: {len(unusable)} of {len(rows)} rows left out; the first: {first}", flush=True)
-        return rows.select(np.setdiff1d(np.arange(len(rows)), unusable))
+        """The rows that can be used; of the others their numbers and the first."""
+        label, (reasons, keys) = self.entry.label, (np.array(list(rows[name])) for name in (UNUSABLE, ROW_KEY))
+        unusable, alike = reasons != "", (reasons == "") & (keys == "")
+        if unusable.any():
+            first = reasons[unusable][0]
+            if unusable.all():
+                raise RowError(f"{label}: not one of its {len(rows)} rows can be used; the first: {first}")
+            print(f"{label}: {unusable.sum()} of {len(rows)} rows left out; the first: {first}", flush=True)
+        if any(rows[ALIKE]):
+            self._report_alike(rows, alike)
+        return rows.select(np.flatnonzero(~unusable & ~alike)) if (unusable | alike).any() else rows
+
+    def _report_alike(self, rows: Dataset, alike: np.ndarray) -> None:
+        counts, numbers, reasons = (np.array(list(rows[name])) for name in (ALIKE, ROW_NUMBER, UNUSABLE))
+        first = f"{self.entry.label} row {numbers[counts > 0][0]}"
+        if (alike | (reasons != "")).all():
+            raise RowError(
+                f"{first}: all its responses are the same to the policy, which prefers nothing; so it is in every row "
+                f"that could be used ({alike.sum()} of {len(rows)}). Check the field names of the dataset entry"
+            )
+        whole = f"{alike.sum()} of {len(rows)} rows left out, whose responses are all the same"
+        partly = f"{counts[~alike].sum()} responses left out of other rows, which hold a better one with the same text"
+        said = "; ".join(text for text, number in ((whole, alike.sum()), (partly, counts[~alike].sum())) if number)
+        print(f"{self.entry.label}: {said}; the first: {first}. They are not graded, counted or trained on", flush=True)
+
+
+def _refused(roles: list[str], error: BaseException, where: str) -> RowError:
+    """What a template, or the host around it, raised, as an error of the row."""
+    what = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+    system = "remove or merge the system turn, " if "system" in roles else ""
+    return RowError(
+        f"{where}: the policy's chat template refuses the turns {roles}: {what}. Set another `chat_template:`, {system}"
+        "remove the row, or set `on_unusable_row: drop` for the data set"
+    )
 
 
 def _features(group_column: str | None) -> Features:
@@ -169,5 +228,10 @@ def _features(group_column: str | None) -> Features:
     return Features(
         {name: Sequence(Value(kind)) for name, kind in tokens.items()}
         | {name: Value("string") for name in texts}
-        | {ROW_NUMBER: Value("int64")}
+        | {
+            ROW_NUMBER: Value("int64"),
+            DROPPABLE: Value("bool"),
+            ALIKE: Value("int32"),
+            UNREAD: Sequence(Value("string")),
+        }
     )

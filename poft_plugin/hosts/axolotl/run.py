@@ -6,17 +6,31 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from poft_plugin.config import DeftConfig, RankingConfig, RowFilterConfig, parse_block, settings_model
-from poft_plugin.hosts.axolotl.args import TAKEN_KEYS, TAKEN_OVER
+from poft_plugin.config import (
+    DeftConfig,
+    PoftConfig,
+    RankingConfig,
+    RowFilterConfig,
+    entries_of,
+    parse_block,
+    settings_model,
+)
+from poft_plugin.hosts.axolotl.args import NAME, TAKEN_KEYS, TAKEN_OVER
 from poft_plugin.hosts.axolotl.chat_templates import name_host_templates
 from poft_plugin.hosts.axolotl.checks import check_settings
+from poft_plugin.hosts.axolotl.compat import name_plugin
 from poft_plugin.hosts.axolotl.entries import take_over_entries
+from poft_plugin.hosts.axolotl.names import check_names
+from poft_plugin.hosts.axolotl.spelling import check_keys, check_rl
 from poft_plugin.methods import Method
 from poft_plugin.plugins import load_object, registry
 from poft_plugin.trainers.step import Step, StepSetup
 
 READ_DEFT = ("response_scores", "reference_sum_logps", "grades")
 """Preprocessors that read the block `deft:`, whichever method names them."""
+
+PERCENTAGES = ("keep_top_percent", "top_percent")
+"""Keys of blocks that say how many rows stay."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +70,16 @@ class MethodRun:
             if method is not None and method.check is not None and settings is not None:
                 load_object(method.check)(settings)
 
+    def doubts(self) -> list[str]:
+        """What can be honoured, and is hardly meant: a percentage below 1."""
+        values = [(self.method.block, key, getattr(self.settings, key, 100.0)) for key in PERCENTAGES]
+        return [
+            f"{block}.{key}: {value:g} keeps {value:g} % of the rows, in percent; {100 * value:g} % of them is "
+            f"`{key}: {100 * value:g}`"
+            for block, key, value in values
+            if value < 1
+        ]
+
     def step(self) -> Step:
         """The method's step object."""
         base = self.method.base
@@ -79,14 +103,21 @@ def take_over(cfg: Any) -> MethodRun | None:
     Raises:
         ValueError: for any setting that is wrong or cannot be honoured, naming key, value and remedy.
     """
+    check_names(registry())
     rl = cfg.get("rl") or cfg.get(TAKEN_OVER)
+    check_rl(rl)
     method = registry().methods.get(str(rl)) if rl else None
     if method is not None and not method.alone:
         method = None  # the host's own, or nothing that can be trained without a wrapper
+    if method is not None or NAME in (cfg.get("plugins") or []):
+        check_keys(cfg, method)  # the host may load us unasked, into a run that is none of our business
     _check_blocks(cfg, method, rl)
     if method is None:
         return None
-    cfg.update({**(cfg.get(TAKEN_KEYS) or {}), TAKEN_KEYS: None})  # a saved config keeps them there
+    saved = cfg.get(TAKEN_KEYS) or {}  # a saved config keeps them there
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"{TAKEN_KEYS}: {saved!r} is written by poft_plugin itself; remove it")
+    cfg.update({**saved, TAKEN_KEYS: None})
     check_settings(cfg, method)
     settings = _settings(cfg, method)
     keys = _take_keys(cfg, method)
@@ -97,10 +128,18 @@ def take_over(cfg: Any) -> MethodRun | None:
     name_host_templates()
     cfg.pop("rl", None)
     cfg[TAKEN_OVER] = method.name
+    name_plugin(cfg)
     if cfg.get("sample_packing") and cfg.get("eval_sample_packing") is None:
         cfg["eval_sample_packing"] = False
-    take_over_entries(cfg, method, _group_column(filters, settings))
+    drops = isinstance(settings, PoftConfig) and settings.on_bad_row == "drop"
+    take_over_entries(cfg, method, _group_column(filters, settings), drop_bad_rows=drops)
     return MethodRun(method, settings, filters, keys, base_settings)
+
+
+def nothing_asked(cfg: Mapping[str, Any]) -> str:
+    """Why no method of ours runs, and what would ask for one."""
+    names = sorted(name for name, method in registry().methods.items() if method.alone)
+    return f"`rl: {cfg.get('rl') or 'null'}` is none of its rl types ({', '.join(names)})"
 
 
 def _make_step(method: Method, setup: StepSetup) -> Step:
@@ -152,7 +191,7 @@ def _check_blocks(cfg: Mapping[str, Any], method: Method | None, rl: Any) -> Non
 
 
 def _filters(cfg: Mapping[str, Any], settings: BaseModel) -> tuple[tuple[str, dict[str, Any]], ...]:
-    raw = cfg.get("row_filters") or []
+    raw = entries_of(cfg.get("row_filters"), "row_filters")
     entries = [parse_block(RowFilterConfig, entry, f"row_filters[{i}]") for i, entry in enumerate(raw)]
     for number, entry in enumerate(entries):
         if entry.name not in registry().row_filters:

@@ -5,18 +5,15 @@ turn by turn, so that turns may follow each other without a header between. What
 policy's template leaves out, changes, doubles or adds is seen here.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from typing import Any
+from functools import cached_property
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedTokenizerBase
 
-from poft_plugin.data.columns import CONVERSATION, ROW_KEY, ROW_NUMBER
 from poft_plugin.data.render import special_tokens
-from poft_plugin.data.rows import Conversation, RowError, dump_conversation, load_conversation, row_key
+from poft_plugin.data.rows import Conversation, RowError
 from poft_plugin.losses.logps import IGNORED
 
 MOST_ENDS = 2
@@ -69,24 +66,11 @@ class TrainedText:
         Raises:
             RowError: if the labels train another text than the turns that count.
         """
-        (found,) = self.check_batch([conversation], [labels], [where])
-        if isinstance(found, RowError):
-            raise found
-        return found
-
-    def check_batch(
-        self, conversations: Sequence[Conversation], labels: Sequence[Sequence[int]], where: Sequence[str]
-    ) -> list[Conversation | RowError]:
-        """`check` for many rows at once; a row's error is returned in its place."""
-        rows = [self._segments(row) for row in labels]
-        texts = iter(self._decode([segment.ids for row in rows for segment in row]))
-        found: list[Conversation | RowError] = []
-        for conversation, row, name in zip(conversations, rows, where, strict=True):
-            try:
-                found.append(self._checked(conversation, row, [next(texts) for _ in row]))
-            except TextDiffersError as error:
-                found.append(RowError(f"{name}: {error}. {_remedy(conversation)}"))
-        return found
+        segments = self._segments(labels)
+        try:
+            return self._checked(conversation, segments, self._decode([segment.ids for segment in segments]))
+        except TextDiffersError as error:
+            raise RowError(f"{where}: {error}") from None
 
     def _checked(self, conversation: Conversation, segments: Sequence[Segment], texts: Sequence[str]) -> Conversation:
         contents = [turn.content for turn in conversation if turn.counted]
@@ -96,10 +80,10 @@ class TrainedText:
         except TextDiffersError:  # as this tokenizer would write them: it may normalise, and take up special tokens
             forms = [self._segments(self._encode(content)) for content in contents]
             pieces = [self._decode([segment.ids for segment in form]) for form in forms]
-            written = ["".join(piece) for piece in pieces]
+            written = ["".join(texts_of_one) for texts_of_one in pieces]
             own_ends = [
-                _ends_at([len(content.rstrip())], form, piece)[0]
-                for content, form, piece in zip(written, forms, pieces, strict=True)
+                _ends_at(walk(text, [text]), form, parts)[0]
+                for text, form, parts in zip(written, forms, pieces, strict=True)
             ]
             texts = self._without_shared_ends(segments, texts, written)
             places = walk("".join(texts), written)
@@ -144,6 +128,8 @@ class TrainedText:
         return ids
 
     def _decode(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+        if not sequences:  # transformers takes an empty list for one sequence
+            return []
         return self.tokenizer.batch_decode(
             [list(ids) for ids in sequences], skip_special_tokens=False, clean_up_tokenization_spaces=False
         )
@@ -218,47 +204,3 @@ def _ends_at(places: Sequence[int], segments: Sequence[Segment], texts: Sequence
             sum(s.ends for s, border in zip(segments, borders, strict=True) if place <= border <= blank_until)
         )
     return counts
-
-
-ERROR = "error"
-
-
-def with_ends(
-    tokens: Dataset, rows: Dataset, reader: TrainedText, *, label: str, longest: int, process_count: int | None
-) -> tuple[Dataset, list[str]]:
-    """The rows with `ends` in their conversations and keys, and each row's error (empty where there is none).
-
-    Args:
-        tokens: the host's rows, in the same order.
-        rows: ours, with `conversation`, `row_key` and `row_number`.
-        reader: of the policy.
-        label: names the data set in errors.
-        longest: rows of more tokens are not looked at: the host leaves them out (and has cut some types' texts).
-        process_count: worker processes, or None.
-    """
-    checked = concatenate_datasets([tokens.select_columns(["labels"]), rows], axis=1).map(
-        partial(_check_batch, reader=reader, label=label, longest=longest),
-        batched=True,
-        batch_size=500,
-        remove_columns=["labels"],
-        num_proc=process_count,
-        load_from_cache_file=False,
-        desc="Comparing labels with responses",
-    )
-    return checked.remove_columns(ERROR), list(checked[ERROR])
-
-
-def _check_batch(batch: Mapping[str, Any], *, reader: TrainedText, label: str, longest: int) -> dict[str, list[str]]:
-    conversations = [load_conversation(text) for text in batch[CONVERSATION]]
-    where = [f"{label} row {number}" for number in batch[ROW_NUMBER]]
-    found = reader.check_batch(conversations, batch["labels"], where)
-    errors = [
-        str(row) if isinstance(row, RowError) and len(labels) <= longest else ""
-        for row, labels in zip(found, batch["labels"], strict=True)
-    ]
-    known = [before if isinstance(row, RowError) else row for row, before in zip(found, conversations, strict=True)]
-    return {
-        ROW_KEY: [row_key(conversation) for conversation in known],
-        CONVERSATION: [dump_conversation(conversation) for conversation in known],
-        ERROR: errors,
-    }

@@ -12,13 +12,15 @@ import numpy as np
 import torch
 from axolotl.core.trainers.base import AxolotlTrainer
 from axolotl.utils.dict import DictDefault
+from datasets import Dataset
 from torch import Tensor, nn
 
+from poft_plugin.attention.packed import use_packed_attention
 from poft_plugin.config import DeftConfig
 from poft_plugin.data.columns import ROW_INDEX
-from poft_plugin.hosts.axolotl.datasets import attach_columns
+from poft_plugin.hosts.axolotl.evaluation import evaluation_sets
 from poft_plugin.hosts.axolotl.run import MethodRun
-from poft_plugin.hosts.packed_attention import use_packed_attention
+from poft_plugin.hosts.dropout import disable_dropout
 from poft_plugin.hosts.sample_mean import SampleMeanTrainer
 from poft_plugin.scoring.grades import DISCREPANCY, load_discrepancy
 
@@ -38,11 +40,13 @@ class MethodTrainer(AxolotlTrainer, SampleMeanTrainer):
             columns=run.method.columns,
             discrepancy=self._discrepancy(),
             share_prompts=run.share_prompts,
+            without_dropout=run.method.needs_start_policy,
         )
-        if run.method.needs_start_policy:
-            _disable_dropout(model)
         if self.cfg.sample_packing and not run.share_prompts and not torch.accelerator.is_available():
             use_packed_attention(model)  # a model that is still on its way to a GPU keeps what was asked for
+        if run.method.needs_start_policy:
+            disable_dropout(model)
+        self._evaluation_sets: dict[str, Dataset] = {}
         super().__init__(*args, model=model, **kwargs)
         self.model_accepts_loss_kwargs = True  # the host looks at the model's own forward and takes it back
 
@@ -80,9 +84,11 @@ class MethodTrainer(AxolotlTrainer, SampleMeanTrainer):
         return sampler
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluates; a data set without the method's columns (`axolotl evaluate`) gets them from the score cache."""
+        """Evaluates; data sets without the method's columns (`axolotl evaluate`) give way to the training run's."""
         if eval_dataset is not None and ROW_INDEX not in eval_dataset.column_names:
-            eval_dataset = attach_columns(eval_dataset, self.method_run, self.cfg)
+            if not self._evaluation_sets:
+                self._evaluation_sets = evaluation_sets(self.cfg, self.method_run)
+            eval_dataset = self._evaluation_sets[kwargs["metric_key_prefix"]]
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     def _discrepancy(self) -> Tensor | None:
@@ -97,10 +103,3 @@ class MethodTrainer(AxolotlTrainer, SampleMeanTrainer):
 def trainer_class(run: MethodRun, cfg: DictDefault, tensors: Mapping[str, np.ndarray]) -> type[MethodTrainer]:
     """The trainer of a run, as a class: the host builds it itself and hands it nothing of ours."""
     return type("MethodTrainer", (MethodTrainer,), {"method_run": run, "cfg": cfg, "tensors": tensors})
-
-
-def _disable_dropout(model: nn.Module) -> None:
-    """As the host's DPO: with dropout, policy and reference would differ before the first step."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0

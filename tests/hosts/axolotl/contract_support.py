@@ -9,18 +9,25 @@ os.environ.setdefault("AXOLOTL_DO_NOT_TRACK", "1")  # else its telemetry client 
 
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import ContextDecorator, contextmanager
+from contextlib import ContextDecorator, ExitStack, contextmanager
 from types import SimpleNamespace, TracebackType
 from typing import Any
+from unittest import mock
 
+import axolotl
 import pytest
 import torch
+from axolotl.integrations import base
 from axolotl.integrations.base import BasePlugin, PluginManager
 from axolotl.utils.config import validate_config
 from axolotl.utils.dict import DictDefault
 from axolotl.utils.samplers import multipack
+from packaging.version import Version
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SINCE_0_20, SINCE_0_21 = (Version(axolotl.__version__) >= Version(since) for since in ("0.20.0", "0.21.0"))
+"""Where a fact differs by version, its test says so for each."""
 
 WORDS = "<unk> <s> </s> <pad> user assistant system a b c d e f g h".split()
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.role + ' ' + m.content + ' ' + eos_token + ' ' }}{% endfor %}"
@@ -111,15 +118,19 @@ def valid_config(**changes: Any) -> DictDefault:
 def only_plugins(*plugins: BasePlugin) -> Iterator[PluginManager]:
     """The plugin manager with exactly these plugins; what it held before comes back.
 
-    The singleton itself stays: host modules such as `axolotl.train` keep a reference to it.
+    The singleton itself stays: host modules may keep a reference to it. Nor are there any installed plugins, which
+    Axolotl 0.21 adds whenever it is asked for the manager.
     """
     manager = PluginManager.get_instance()
     before, before_cfg = manager.plugins, manager.cfg
     manager.plugins = OrderedDict((f"plugin-{index}", plugin) for index, plugin in enumerate(plugins))
-    try:
-        yield manager
-    finally:
-        manager.plugins, manager.cfg = before, before_cfg
+    with ExitStack() as stack:
+        if SINCE_0_21:
+            stack.enter_context(mock.patch.object(base, "get_builtin_plugins", tuple))
+        try:
+            yield manager
+        finally:
+            manager.plugins, manager.cfg = before, before_cfg
 
 
 def pack_without_garbage_collection(monkeypatch: pytest.MonkeyPatch) -> None:

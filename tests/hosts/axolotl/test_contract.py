@@ -7,7 +7,7 @@ This part holds the seams; `_config`, `_data`, `_prepared`, `_packing` and `_tra
 
 from __future__ import annotations
 
-from contract_support import Recorder, host_fact, only_plugins, raw_config
+from contract_support import SINCE_0_21, Recorder, host_fact, only_plugins, raw_config
 
 # isort: split
 # (the line above sets the environment, before Axolotl is imported)
@@ -19,6 +19,7 @@ import axolotl.cli.config as host_config
 import pytest
 import yaml
 from axolotl import train
+from axolotl.integrations import base
 from axolotl.integrations.base import BasePlugin, PluginManager
 from axolotl.utils.dict import DictDefault
 
@@ -74,42 +75,60 @@ def test_register_gets_the_raw_config_before_validation(
     assert cfg.sample_packing is True
 
 
+@pytest.mark.parametrize("error", ["ImportError", "RuntimeError"])
 @host_fact(
-    "PluginManager.register prints an ImportError and goes on without the plugin",
-    breaks="nothing if it raises now: delete the wrapper in poft_plugin/__init__.py that turns ImportError "
-    "into RuntimeError, and patches/0002",
-    look=f"{BASE} PluginManager.register",
+    "a plugin under `plugins:` that fails to load stops the run; before 0.21 an ImportError is printed, and the run "
+    "goes on without the plugin",
+    breaks="the wrapper in poft_plugin/__init__.py, which turns ImportError into RuntimeError: plain SFT would be "
+    "trained. If ImportError is fatal in every version that we support, delete it, and patches/0.19/0002",
+    look=f"axolotl/cli/config.py prepare_plugins; {BASE} PluginManager.register",
 )
-def test_an_import_error_in_a_plugin_is_swallowed(capsys: pytest.CaptureFixture[str]) -> None:
-    with only_plugins() as manager:
-        manager.register("no_such_package_of_ours.Plugin")
-        assert not manager.plugins
-    assert "no_such_package_of_ours" in capsys.readouterr().out
-
-
-@host_fact(
-    "PluginManager.register lets errors other than ImportError through",
-    breaks="the wrapper in poft_plugin/__init__.py: RuntimeError would be swallowed too, and plain SFT trained",
-    look=f"{BASE} PluginManager.register",
-)
-def test_a_runtime_error_in_a_plugin_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "broken_plugin_module.py").write_text("raise RuntimeError('no torch')")
+def test_a_plugin_that_cannot_be_loaded_stops_the_run(
+    error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / f"broken_{error}.py").write_text(f"raise {error}('no torch')")
     monkeypatch.syspath_prepend(str(tmp_path))
-    with only_plugins() as manager, pytest.raises(RuntimeError, match="no torch"):
-        manager.register("broken_plugin_module.Plugin")
+    cfg = DictDefault({"plugins": [f"broken_{error}.Plugin"]})
+    with only_plugins() as manager:
+        if error == "ImportError" and not SINCE_0_21:
+            host_config.prepare_plugins(cfg)
+            assert "no torch" in capsys.readouterr().out
+        else:
+            with pytest.raises((ImportError, RuntimeError), match="no torch"):
+                host_config.prepare_plugins(cfg)
+        assert not manager.plugins
 
 
 @host_fact(
-    "plugins of an earlier config in the process stay registered, and are asked for every later config",
+    "plugins of an earlier config in the process stay loaded, and their hooks are asked for every later config; "
+    "since 0.21 `register` is not",
     breaks=f"{PLUGIN}: every hook must check that the config at hand asks for us, not only that we were loaded",
-    look="axolotl/cli/config.py prepare_plugins; " + BASE,
+    look="axolotl/utils/config/__init__.py prepare_plugins; " + BASE,
 )
 def test_plugins_of_an_earlier_config_are_still_asked() -> None:
-    earlier = TakesRlOff()
-    with only_plugins(earlier):
-        cfg = DictDefault({"rl": "dpo", "plugins": [f"{__name__}.Recorder"]})
+    earlier, cfg = TakesRlOff(), DictDefault({"rl": "dpo", "plugins": [f"{__name__}.Recorder"]})
+    with only_plugins(earlier, Recorder(datasets="theirs")) as manager:
         host_config.prepare_plugins(cfg)
-    assert cfg.rl is None
+        assert manager.load_datasets(cfg) == "theirs"
+    assert cfg.rl == ("dpo" if SINCE_0_21 else None)
+
+
+@pytest.mark.skipif(not SINCE_0_21, reason="plugins without a line under `plugins:` came with Axolotl 0.21")
+@pytest.mark.parametrize("module", [__name__, "no_such_package_of_ours"])
+@host_fact(
+    "a plugin that an installed package names under the entry-point group axolotl.plugins needs no line in the "
+    "config: its `register` gets every config; where it cannot be loaded, the host warns and goes on without it",
+    breaks="pyproject.toml and the README: `plugins:` would be needed. If errors are fatal now, the advice to keep the "
+    "line can go",
+    look=f"{BASE} get_builtin_plugins, PluginManager.get_instance",
+)
+def test_installed_plugins_need_no_line(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TakesRlOff, "seen", [])
+    cfg = DictDefault({"rl": "poft"})
+    with only_plugins():
+        monkeypatch.setattr(base, "get_builtin_plugins", lambda: (f"{module}.TakesRlOff",))
+        host_config.prepare_plugins(cfg)
+    assert cfg.rl == (None if module == __name__ else "poft")  # what is left on is refused: test_contract_config
 
 
 @pytest.mark.parametrize(
@@ -178,9 +197,10 @@ def test_one_trainer_class_and_one_dataset_loader() -> None:
 
 
 @host_fact(
-    "host modules keep a reference to the PluginManager singleton from import time",
+    "there is one PluginManager; before 0.21 host modules keep a reference to it from import time",
     breaks="tests that replace PluginManager._instance; swap its `plugins` instead, as contract_support does",
     look="axolotl/train.py PLUGIN_MANAGER",
 )
 def test_the_manager_is_one_object() -> None:
-    assert train.PLUGIN_MANAGER is PluginManager.get_instance() is PluginManager()
+    assert PluginManager.get_instance() is PluginManager()
+    assert hasattr(train, "PLUGIN_MANAGER") is not SINCE_0_21

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contract_support import (
+    SINCE_0_20,
     host_fact,
     only_plugins,
     pack_without_garbage_collection,
@@ -158,15 +159,17 @@ def test_packed_batches_have_no_attention_mask(build: Build) -> None:
 
 
 @host_fact(
-    "AxolotlTrainer sets model_accepts_loss_kwargs to False and averages nothing over devices",
+    "AxolotlTrainer averages nothing over devices, and counts no items: before 0.20 it sets model_accepts_loss_kwargs "
+    "to False for every model; since then it stays True where the model's loss takes the number, Llama's for one",
     breaks=f"{TRAINER} sets it to True after super().__init__() and normalises by samples itself",
     look="axolotl/core/trainers/base.py AxolotlTrainer.__init__; core/builders/base.py average_tokens_across_devices",
 )
 def test_host_does_not_count_items(build: Build) -> None:
     trainer = build()
-    assert trainer.model_accepts_loss_kwargs is False
+    assert trainer.model_accepts_loss_kwargs is SINCE_0_20
     assert trainer.args.average_tokens_across_devices is False
-    assert trainer._get_num_items_in_batch([first_batch(trainer)], trainer.args.device) is None
+    counted = trainer._get_num_items_in_batch([first_batch(trainer)], trainer.args.device)
+    assert counted == (3 if SINCE_0_20 else None)
 
 
 @pytest.mark.parametrize(("accepts", "num_items", "divisor"), [(False, 7, 4), (True, None, 4), (True, 7, 1)])
@@ -228,7 +231,8 @@ def test_log_adds_perplexity_first(key: str, added: str, build: Build) -> None:
 
 
 @host_fact(
-    "compute_loss counts tokens, then hands on to the next class in the MRO with its keywords",
+    "compute_loss counts tokens, then hands on to the next class in the MRO with its keywords; the counts are in the "
+    "state once something is logged",
     breaks=f"{TRAINER}: our loss would not be called, or tokens per second be lost",
     look="axolotl/core/trainers/base.py AxolotlTrainer.compute_loss",
 )
@@ -238,6 +242,7 @@ def test_compute_loss_counts_and_hands_on(build: Build) -> None:
     labels = torch.tensor([[-100, 8, 9, 10]])
     assert trainer.compute_loss(trainer.model, {"labels": labels}, num_items_in_batch=7).item() == 8.0
     assert trainer.reached == [("compute_loss", {"return_outputs": False, "num_items_in_batch": 7})]
+    trainer.log({"loss": 8.0})
     assert trainer.state.tokens["trainable"].item() == 3
     assert trainer.state.tokens["total"].item() == 4
 

@@ -7,7 +7,8 @@ import pytest
 from poft_plugin.config import parse_block
 from poft_plugin.data.ranked import RankedSample
 from poft_plugin.data.rows import RowError
-from poft_plugin.hosts.axolotl.ranked_rows import DIALOGUES, HH_RLHF, PAIRS, RANKED, RankedFields, ranked_reader
+from poft_plugin.hosts.axolotl.ranked_fields import DIALOGUES, HH_RLHF, PAIRS, RANKED, RankedFields
+from poft_plugin.hosts.axolotl.ranked_rows import ranked_reader
 
 PAIR = PAIRS[1]
 USER, BOT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
@@ -139,7 +140,10 @@ def test_given_roles_replace_the_usual_ones() -> None:
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"field_chosn": "x"}, r"\.field_chosn: unknown key; allowed here: field_chosen, field_messages, field_prompt"),
+        (
+            {"field_chosn": "x"},
+            r"\.field_chosn: unknown key; allowed here: field_chosen, field_input, field_messages, field_prompt",
+        ),
         ({"field_chosen": ""}, r"\.field_chosen: .*at least 1 character"),
         ({"on_unusable_row": "skip"}, r"\.on_unusable_row: .*'error' or 'drop' \(given: 'skip'\)"),
         ({"roles": {"user": "human"}}, r"\.roles\.user"),

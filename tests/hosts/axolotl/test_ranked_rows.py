@@ -14,16 +14,9 @@ import pytest
 from poft_plugin.config import parse_block
 from poft_plugin.data.ranked import RankedSample
 from poft_plugin.data.rows import RowError, Turn
-from poft_plugin.hosts.axolotl.ranked_rows import (
-    DIALOGUES,
-    HH_RLHF,
-    PAIRS,
-    RANKED,
-    RANKED_TYPES,
-    RankedFields,
-    parse_hh_dialogue,
-    ranked_reader,
-)
+from poft_plugin.hosts.axolotl.ranked_fields import DIALOGUES, HH_RLHF, PAIRS, RANKED, RANKED_TYPES, RankedFields
+from poft_plugin.hosts.axolotl.ranked_rows import ranked_reader
+from poft_plugin.hosts.axolotl.ranked_turns import parse_hh_dialogue
 
 PAIR = PAIRS[1]
 QUESTION, ANSWER, NOTE = Turn("user", "hi"), Turn("assistant", "ho"), Turn("system", "be")
@@ -67,7 +60,8 @@ def test_the_types() -> None:
         ({"prompt": "hi", **TWO}, {}, (QUESTION,)),
         ({"prompt": [USER], **TWO}, {}, (QUESTION,)),
         ({"messages": None, "prompt": "hi", **TWO}, {}, (QUESTION,)),
-        ({"messages": [USER], "prompt": "other", **TWO}, {}, (QUESTION,)),
+        ({"messages": [USER], "prompt": "hi ", **TWO}, {}, (QUESTION,)),
+        ({"messages": [USER], "prompt": "other", **TWO}, {"field_prompt": "messages"}, (QUESTION,)),
         ({"messages": [USER], "chosen": BOT, "rejected": WORSE}, {}, (QUESTION,)),
         ({"messages": [USER], "chosen": [USER, BOT], "rejected": [WORSE]}, {}, (QUESTION,)),
         ({"messages": [USER], "chosen": BOT, "rejected": "no"}, {}, (QUESTION,)),

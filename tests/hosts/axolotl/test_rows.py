@@ -47,7 +47,7 @@ def user(text: str) -> Turn:
 
 
 def answer(text: str, counted: bool = True) -> Turn:
-    return Turn("assistant", text, counted)
+    return Turn("assistant", text, counted, ends=int(counted))
 
 
 @pytest.mark.parametrize(

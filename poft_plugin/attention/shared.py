@@ -1,13 +1,14 @@
-"""Attention over packs whose samples hold their prompt once: `[prompt response][response][response]...`.
+"""Attention over packs that hold what sequences begin with in common once: `[prompt response][response][response]...`.
 
 Position ids alone say how a pack is made up. A run of ids that begins at 0 is a whole sequence. One that begins at
-P > 0 is a response that goes on from the first P tokens of the last whole sequence before it: it sees those and itself,
-and nobody sees it. So each response gets what a forward of its own over prompt and response would give: hidden states
-of a prompt do not depend on what comes after it.
+P > 0 goes on from the first P tokens of the sequence before it, of which some may in turn be those of an earlier one:
+it sees those and itself. So each sequence gets what a forward of its own would give: hidden states of a prompt do not
+depend on what comes after it.
 
 Every run is one call of PyTorch's attention, on any device. No mask of a whole pack is written.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from poft_plugin.hosts.packed_attention import packed_mask, sequence_lengths
+from poft_plugin.attention.packed import packed_mask, sequence_lengths
 from poft_plugin.losses import response_positions
 from poft_plugin.losses.head import PROBE_TOLERANCE, unwrapped
 from poft_plugin.losses.logps import IGNORED
@@ -40,12 +41,28 @@ def use_shared_attention(model: nn.Module) -> None:
         ValueError: if it attends in another way.
     """
     inner = unwrapped(model)
-    asked = inner.config.get_text_config()._attn_implementation
+    asked = attention_of(model)
     if asked not in ("sdpa", NAME):
         raise ValueError(f"share_prompt: true with attn_implementation: {asked!r}: set it to sdpa")
     AttentionInterface.register(NAME, shared_attention)
     AttentionMaskInterface.register(NAME, packed_mask)
     inner.set_attn_implementation(NAME)
+
+
+def attention_of(model: nn.Module) -> str | None:
+    """The attention implementation that a model has."""
+    found: str | None = unwrapped(model).config.get_text_config()._attn_implementation
+    return found
+
+
+def window_of(config: Any) -> int | None:
+    """The tokens that a token sees at most, where that is bounded: a model's sliding window or chunk.
+
+    Args:
+        config: of the model's text part.
+    """
+    bounds = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return min((bound for bound in bounds if bound), default=None)
 
 
 def shared_attention(
@@ -75,15 +92,15 @@ def shared_attention(
     Raises:
         ValueError: if the architecture does not hand its position ids on, or masks more than a pack does.
     """
-    packed = attention_mask is not None and attention_mask.ndim == 2
-    if not packed:
+    if attention_mask is None or attention_mask.ndim != 2:
         if module.training and position_ids is not None and _goes_on(position_ids):
             raise ValueError(f"{type(module).__name__}: it has a mask of its own. {REMEDY}")
         output: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
         return output
-    assert kwargs.get("position_bias") is None, "a bias on positions is not known here"
+    if kwargs.get("position_bias") is not None:
+        raise ValueError(f"{type(module).__name__}: it has a bias on positions. {REMEDY}")
     if position_ids is None or position_ids.ndim != 2:
         raise ValueError(f"{type(module).__name__}: it does not tell attention its position ids. {REMEDY}")
     settings = {"dropout_p": dropout, "scale": scaling}
@@ -98,18 +115,41 @@ def shared_attention(
 
 def _attend(whole: tuple[Tensor, ...], lengths: list[int], first: list[int], **settings: Any) -> Tensor:
     """`(1, heads, T, size)` of a row, from the tokens of each run and the position of its first one."""
-    found, begin, root, length = [], 0, 0, 0
-    for tokens, position in zip(lengths, first, strict=True):
+    found, begin = [], 0
+    for tokens, position, prompt in zip(lengths, first, prompts(lengths, first), strict=True):
         part = [tensor[:, :, begin : begin + tokens] for tensor in whole]
         if position == 0:
-            root, length = begin, tokens
             found.append(_causal(*part, **settings))
         else:
-            assert position <= length, "a response goes on from a prompt that is not there"
-            prompt = [tensor[:, :, root : root + position] for tensor in whole[1:]]
-            found.append(_after(prompt, *part, **settings))
+            keys, values = (torch.cat([t[:, :, a:b] for a, b in prompt], dim=2) for t in whole[1:])
+            found.append(_after(keys, values, *part, **settings))
         begin += tokens
     return torch.cat(found, dim=2)
+
+
+def prompts(lengths: Sequence[int], first: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
+    """Where in a pack the tokens lie that each run goes on from: stretches `(begin, end)`, in order.
+
+    Args:
+        lengths: tokens of each run.
+        first: position of each run's first token.
+
+    Examples:
+        >>> list(prompts([5, 2, 1], [0, 3, 4]))
+        [[], [(0, 3)], [(0, 3), (5, 6)]]
+    """
+    path: list[tuple[int, int]] = []  # where the sequence before lies
+    begin = 0
+    for tokens, position in zip(lengths, first, strict=True):
+        kept, left = [], position
+        for start, end in path:
+            if left > 0:
+                kept.append((start, min(end, start + left)))
+                left -= end - start
+        assert left <= 0, "a sequence goes on from tokens that are not there"
+        yield kept
+        path = [*kept, (begin, begin + tokens)]
+        begin += tokens
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
@@ -117,10 +157,10 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tenso
     return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped, **settings)
 
 
-def _after(prompt: list[Tensor], query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
-    """A response over the keys and values of its prompt, and over itself."""
+def _after(keys: Tensor, values: Tensor, query: Tensor, key: Tensor, value: Tensor, **settings: Any) -> Tensor:
+    """A run over the keys and values of what it goes on from, and over itself."""
     repeats = query.shape[1] // key.shape[1]
-    key, value = (torch.cat(pair, dim=2) for pair in zip(prompt, (key, value), strict=True))
+    key, value = torch.cat([keys, key], dim=2), torch.cat([values, value], dim=2)
     if repeats != 1:  # with a mask, not every device groups heads by itself
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     tokens, seen = query.shape[2], key.shape[2]
@@ -194,4 +234,5 @@ def _probe_logps(model: nn.Module, batch: dict[str, Tensor], device: torch.devic
     given = {name: batch[name].to(device) for name in ("input_ids", "position_ids")}
     chosen = {"response_positions": positions.to(device), "response_targets": targets.to(device)}
     answer = model(**given, **chosen, use_cache=False)
-    return answer[0] if isinstance(answer, tuple) else answer
+    logps: Tensor = answer[0] if isinstance(answer, tuple) else answer
+    return logps

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from poft_plugin.hosts import packed_attention
-from poft_plugin.hosts.packed_attention import NAME, packed_mask, use_packed_attention
+from poft_plugin.attention import packed as packed_attention
+from poft_plugin.attention.packed import NAME, packed_mask, use_packed_attention
 
 LENGTHS = ((5, 1, 7, 3), (9, 7))
 SIZES = {

@@ -24,8 +24,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from poft_plugin.hosts import packed_attention, shared_attention
-from poft_plugin.hosts.shared_attention import NAME, check_shared_prompts, use_shared_attention
+from poft_plugin.attention import packed as packed_attention
+from poft_plugin.attention import shared as shared_attention
+from poft_plugin.attention.shared import NAME, check_shared_prompts, use_shared_attention
 from poft_plugin.losses import install_response_forward
 
 PACKS = (((5, (3, 2, 4)), (1, (2, 3))), ((3, (1, 1, 2, 1, 3)), (2, (4, 1))))

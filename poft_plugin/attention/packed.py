@@ -29,7 +29,8 @@ def use_packed_attention(model: nn.Module) -> bool:
     Returns:
         Whether it was given.
     """
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    found: Any = model
+    inner = found.get_base_model() if hasattr(found, "get_base_model") else found
     on_cpu = all(parameter.device.type == "cpu" for parameter in inner.parameters())
     if not on_cpu or inner.config.get_text_config()._attn_implementation != "sdpa":
         return False
@@ -117,11 +118,10 @@ def packed_attention(
     for row, starts in enumerate(attention_mask):
         lengths = sequence_lengths(starts)
         parts = (tensor[row : row + 1].split(lengths, dim=2) for tensor in (query, key, value))
+        grouped = query.shape[1] != key.shape[1]
         found = [
-            scaled_dot_product_attention(
-                *part, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-            )
-            for part in zip(*parts, strict=True)
+            scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped)
+            for q, k, v in zip(*parts, strict=True)
         ]
         rows.append(torch.cat(found, dim=2))
     return torch.cat(rows).transpose(1, 2).contiguous(), None

@@ -1,0 +1,53 @@
+"""Models in GGUF files. transformers reads config, tokenizer and weights out of them; here is what it reads wrongly."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
+
+from poft_plugin.scoring.checkpoints import Checkpoint
+
+SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+"""Attributes of a tokenizer, and their names in the file: `tokenizer.ggml.NAME_token_id`."""
+
+
+def check_gguf_installed(title: str) -> None:
+    """Refuses GGUF files where they cannot be read.
+
+    Args:
+        title: the model in messages.
+
+    Raises:
+        ValueError: with what to install.
+    """
+    if find_spec("gguf") is None:
+        raise ValueError(f"{title}: a GGUF file, and the package `gguf` is not there to read it: `pip install gguf`")
+
+
+def gguf_path(checkpoint: Checkpoint) -> Path:
+    """Where the file lies, downloaded if it has to be."""
+    assert checkpoint.gguf is not None
+    found = cached_file(checkpoint.location, checkpoint.gguf, revision=checkpoint.commit or "main")
+    return Path(str(found))
+
+
+def correct_special_tokens(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Sets the special tokens that the file names.
+
+    transformers (5.16 to 5.20) takes the token that begins a text for the one that ends it, so that a template that
+    writes `eos_token` would write another one.
+
+    Args:
+        tokenizer: as transformers read it, changed in place.
+        path: the file.
+    """
+    import gguf
+
+    fields = gguf.GGUFReader(path).fields
+    tokens = fields["tokenizer.ggml.tokens"]
+    for attribute, name in SPECIAL_TOKENS.items():
+        field: Any = fields.get(f"tokenizer.ggml.{name}_token_id")
+        if field is not None:
+            setattr(tokenizer, attribute, tokens.contents(int(field.contents())))
