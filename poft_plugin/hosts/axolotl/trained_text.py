@@ -20,6 +20,10 @@ MOST_ENDS = 2
 """Tokens that end one turn: the template's, and the tokenizer's own end of text after it."""
 
 SHOWN = 60
+"""Characters of a text in an error."""
+
+PLACEHOLDERS = ("[[dummy_message]]", "zzdummymessagezz")
+"""What the host puts into a turn's place to see where it stands; in a text they move its labels."""
 
 
 class TextDiffersError(Exception):
@@ -175,10 +179,18 @@ def _difference(expected: str, trained: str, what: str) -> str:
         repr(("..." if begin else "") + text[begin : begin + SHOWN]) if text else "nothing"
         for text in (expected, trained)
     ]
+    return f"what the policy is trained on is not the response: {what} is {shown[0]}, trained on is {shown[1]}"
+
+
+def _remedy(conversation: Conversation) -> str:
+    held = next((word for word in PLACEHOLDERS if any(word in turn.content for turn in conversation)), None)
+    if held is not None:
+        return (
+            f"The row holds {held!r}, by which the host finds its labels: change that word in it, or remove such rows"
+        )
     return (
-        f"what the policy is trained on is not the response: {what} is {shown[0]}, trained on is {shown[1]}. The "
-        "policy's chat template (or the prompt's format) leaves out, changes or adds something there, and references "
-        "would score another text: give the policy another `chat_template:`, or remove such rows"
+        "The policy's chat template (or the prompt's format) leaves out, changes or adds something there, and "
+        "references would score another text: give the policy another `chat_template:`, or remove such rows"
     )
 
 
