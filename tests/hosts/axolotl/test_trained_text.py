@@ -218,9 +218,7 @@ def test_any_tokenizers_labels_are_read_back(any_tokenizer: Any, contents: list[
     with pytest.raises(RowError, match="row: what the policy is trained on is not the response"):
         TrainedText(any_tokenizer).check((*turns, Turn("assistant", "c", True)), labels, "row")
     with pytest.raises(RowError, match="row: what the policy is trained on is not the response"):
-        TrainedText(any_tokenizer).check(
-            turns, [*labels, *any_tokenizer("c", add_special_tokens=False)["input_ids"]], "row"
-        )
+        TrainedText(any_tokenizer).check(turns, [*labels, *more], "row")
 
 
 # Law 2: a token counts only by characters of the response
