@@ -24,7 +24,7 @@ from poft_plugin.losses.head import unwrapped
 from poft_plugin.scoring.attention import complete_attention
 from poft_plugin.scoring.chat_templates import own_template, resolve_template
 from poft_plugin.scoring.checkpoints import Checkpoint
-from poft_plugin.scoring.gguf_files import correct_special_tokens, gguf_path
+from poft_plugin.scoring.gguf_files import check_gguf_installed, correct_special_tokens, gguf_path
 from poft_plugin.scoring.packs import probe_rows
 from poft_plugin.scoring.rope import RopeBounds, rope_bounds
 from poft_plugin.scoring.scorer import Identity, PreparedRow, Score
@@ -280,5 +280,7 @@ class PretrainedScorer(ABC):
     @property
     def _source(self) -> dict[str, Any]:
         code = {"trust_remote_code": self.settings.trust_remote_code}
+        if self.checkpoint.gguf is not None:
+            check_gguf_installed(self.title)
         file = {} if self.checkpoint.gguf is None else {"gguf_file": self.checkpoint.gguf}
         return {"revision": self.checkpoint.commit or "main", **code, **file}
