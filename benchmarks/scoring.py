@@ -167,7 +167,9 @@ def entrants(
 
 def ours(scorer: CausalLMScorer, rows: list[PreparedRow], batch_tokens: int) -> Rewards:
     """The scorer as `axolotl poft score` runs it."""
-    return {score.key: score.reward for batch in batches_for(scorer, rows, batch_tokens) for score in scorer.score(batch)}
+    return {
+        score.key: score.reward for batch in batches_for(scorer, rows, batch_tokens) for score in scorer.score(batch)
+    }
 
 
 def lm_eval_rewards(peer: Any, rows: list[PreparedRow]) -> Rewards:

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from tokenizers import decoders as token_decoders
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from poft_plugin.data.render import Renderer
+from poft_plugin.data.render import FIXED_DATE, Renderer
 from poft_plugin.data.rows import RowError, Turn, load_conversation, row_key
 from poft_plugin.hosts.axolotl.chat_templates import name_host_templates
 from poft_plugin.hosts.axolotl.entries import Entry
@@ -285,6 +285,28 @@ def test_a_policy_that_is_its_own_reference_counts_what_it_is_trained_on(tokeniz
                 name,
                 rendered.text,
             )
+
+
+@pytest.mark.parametrize("template", ["chatml", "llama3", "mistral_v1"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {**chat("one?", "two"), "system": ""},
+        {**chat("one?", "two"), "system": None},
+        chat(" \n", "one?", "two", roles=("system", "user", "assistant")),
+    ],
+)
+def test_a_blank_system_text_is_no_system_turn(tokenizer: Any, template: str, row: dict[str, Any]) -> None:
+    """For the policy, and in the row's key, so for references too."""
+    (plain,), (found,) = (prepared(tokenizer, [each], template) for each in (chat("one?", "two"), row))
+    assert found["input_ids"] == plain["input_ids"]
+    assert found["row_key"] == plain["row_key"]
+
+
+def test_policy_and_references_see_one_date(tokenizer: Any) -> None:
+    template = "{{ strftime_now('%d %b %Y') }}\n" + tiny.CHATML
+    (row,) = prepared(tokenizer, [chat("one?", "two")], template)
+    assert tokenizer.decode(row["input_ids"]).startswith(FIXED_DATE.strftime("%d %b %Y"))
 
 
 def test_ends_are_counted_where_the_labels_hold_them(tokenizer: Any) -> None:
