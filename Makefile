@@ -14,6 +14,9 @@ CONSTRAINTS := constraints/$(if $(filter 3.11,$(VERSION)),py3.11-axolotl0.19,py3
 # No network is needed once the environment is there. Without the second, Axolotl's telemetry waits for one at the end.
 OFFLINE := HF_HUB_OFFLINE=1 AXOLOTL_DO_NOT_TRACK=1 TOKENIZERS_PARALLELISM=false
 
+# Two processes, each with whole files of tests: what a file shares is made once.
+WORKERS ?= -n 2 --dist loadfile
+
 # What depends on the host, for a second version of it. Of the launcher's stages, the two that differ most.
 HOST_TESTS := tests/hosts tests/test_patches.py tests/test_examples.py tests/end_to_end tests/distributed
 HOST_STAGES := not zero1 and not zero2
@@ -32,10 +35,10 @@ quickstart: $(INSTALLED)
 	$(OFFLINE) $(BIN)/python -m quickstart.run
 
 test: $(INSTALLED)
-	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) $(ARGS)
 
 test-host: $(INSTALLED)
-	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(HOST_TESTS) -k '$(HOST_STAGES)' $(ARGS)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) $(HOST_TESTS) -k '$(HOST_STAGES)' $(ARGS)
 
 test-matrix: $(INSTALLED)
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed -m 'matrix or not matrix' -v $(ARGS)

@@ -61,7 +61,7 @@ def check_no_chance(model: nn.Module, vocabulary: int, device: torch.device) -> 
     """
     was_training = model.training
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        trained, expected = (_answer(model.train(mode), vocabulary, device) for mode in (True, False))
+        trained, expected = (_answer(model, vocabulary, device, training=mode) for mode in (True, False))
     model.train(was_training)
     worst, scale = float((trained - expected).abs().max()), max(1.0, float(expected.abs().max()))
     if not worst <= NOISE * torch.finfo(_dtype(model)).eps * scale:
@@ -73,7 +73,8 @@ def check_no_chance(model: nn.Module, vocabulary: int, device: torch.device) -> 
         )
 
 
-def _answer(model: nn.Module, vocabulary: int, device: torch.device) -> Tensor:
+def _answer(model: nn.Module, vocabulary: int, device: torch.device, *, training: bool) -> Tensor:
+    model.train(training)  # DeepSpeed's engine does not return itself
     ids = torch.arange(1, PROBE_TOKENS + 1, device=device)[None] % vocabulary
     positions = torch.arange(PROBE_TOKENS - 1, device=device)
     with torch.no_grad():

@@ -184,8 +184,10 @@ def _read(path: Path) -> tuple[pa.Table, dict[str, Any]]:
         if column not in table.column_names:
             raise ValueError(f"{path}: no column {column!r}; it has {table.column_names}")
     if "num_tokens" not in table.column_names:
-        table = table.append_column("num_tokens", pa.array(np.ones(table.num_rows), pa.int32()))
+        table = table.append_column("num_tokens", pa.nulls(table.num_rows, pa.int32()))
     table = _cast(table.filter(pc.is_valid(table["reward"])), path)
+    counted = pc.fill_null(table["num_tokens"], 1)  # whoever scored the row elsewhere may not have counted
+    table = table.set_column(table.column_names.index("num_tokens"), "num_tokens", counted)
     if table["row_key"].null_count:
         raise ValueError(
             f"{path}: {table['row_key'].null_count} rows without a row key; take the keys of `export --rows`"

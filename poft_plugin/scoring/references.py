@@ -74,5 +74,5 @@ def _open(reference: ReferenceConfig, settings: PoftConfig, cache: ScoreCache) -
 
 def _long_rows(rows: Rows, lookups: Sequence[Lookup]) -> set[str]:
     """Keys of rows that some reference cannot read: they are left out for all."""
-    long = np.any([lookup.too_long for lookup in lookups], axis=0)
+    long = np.any([lookup.too_long | lookup.refused for lookup in lookups], axis=0)
     return {rows.keys[int(index)].as_py() for index in np.flatnonzero(long)}

@@ -43,6 +43,7 @@ CONFIGS = {
         **DECODER,
         **rope("llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=BOUND),
     ),
+    # its own key comes before the one among the rope's parameters
     "longrope": hf.Phi3Config(
         **{**DECODER, "num_key_value_heads": 4}, **LONGROPE, original_max_position_embeddings=BOUND
     ),
@@ -62,8 +63,6 @@ CONFIGS = {
     "falcon": hf.FalconConfig(**SIZES, alibi=True, new_decoder_architecture=False),
 }
 LENGTHS = (3, 61, 33, 31, 7, 32, 60, 34, 12, 50)
-SINGLE = ("mixtral",)
-"""Experts are multiplied together by a kernel that knows no float64."""
 BY_THE_LONGEST = ("dynamic", "longrope")
 
 
@@ -83,11 +82,11 @@ def saved(name: str, folder: Path) -> StartPolicyScorer:
 
 
 def alone(name: str, folder: Path) -> dict[str, float]:
-    """Each row by itself in float64 where it can be, in a model that has seen no other."""
+    """Each row by itself in float64, in a model that has seen no other."""
     model, found = None, {}
     for row in rows():
         if model is None or name in BY_THE_LONGEST:
-            dtype = torch.float32 if name in SINGLE else torch.float64
+            dtype = torch.float32 if name == "mixtral" else torch.float64  # experts know no float64
             model = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         ids = torch.tensor(row.input_ids, dtype=torch.long)
         with torch.no_grad():

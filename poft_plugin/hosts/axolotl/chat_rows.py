@@ -152,8 +152,8 @@ class ChatReader:
             if message.get(name) and name not in read:
                 raise RowError(
                     f"{where}: {self.strategy.prompter.field_messages}[{number}].{name} is not read: "
-                    f"{shown(message[name])}. Set `field_thinking: {name}` (and no `message_property_mappings`), or "
-                    "remove the field"
+                    f"{shown(message[name])}. Set `field_thinking: {name}` for the data set, or remove the "
+                    "field"
                 )
 
     def _turns(self, turns: Sequence[Row], where: str) -> list[Turn]:

@@ -24,7 +24,7 @@ from poft_plugin.methods import Method
 
 STRATEGY = "poft_plugin.hosts.axolotl.strategy"
 SALT_FIELD = "input_format"
-CONTRACT = 4
+CONTRACT = 5
 
 FAMILIES = ("chat_template", "alpaca", "alpaca_chat", "alpaca_instruct", "alpaca_w_system", "gpteacher", "oasst")
 FAMILIES += ("jeopardy", "explainchoice", "concisechoice", "summarizetldr", "input_output")

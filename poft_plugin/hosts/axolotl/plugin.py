@@ -16,7 +16,7 @@ from axolotl.utils.logging import get_logger
 import poft_plugin.hosts.axolotl.strategy  # noqa: F401
 from poft_plugin import __version__
 from poft_plugin.hosts.axolotl.args import NAME, TAKEN_OVER
-from poft_plugin.hosts.axolotl.compat import TESTED_VERSIONS, prepare_cpu_ranks
+from poft_plugin.hosts.axolotl.compat import TESTED_VERSIONS, ask_no_absent_gpu, prepare_cpu_ranks
 from poft_plugin.hosts.axolotl.errors import install_hook, one_message
 from poft_plugin.hosts.axolotl.run import MethodRun, nothing_asked, take_over
 
@@ -54,6 +54,7 @@ class PoftPlugin(BasePlugin):  # type: ignore[misc]
             if NAME in (cfg.get("plugins") or []):  # the host may load it unasked, too
                 LOG.warning(f"poft_plugin does nothing in this run: {nothing_asked(cfg)}")
         else:
+            ask_no_absent_gpu()
             if cfg.get("seed") is None:
                 cfg["seed"] = DEFAULT_SEED
                 LOG.info(f"seed: {DEFAULT_SEED} (not set: the host would shuffle, and shard, anew in every process)")

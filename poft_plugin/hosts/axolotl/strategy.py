@@ -216,6 +216,9 @@ class MethodStrategy(DatasetWrappingStrategy):
             )
 
 
+THINKING = "reasoning_content"
+"""The host's default of `field_thinking` and `template_thinking_key`."""
+
 ERROR = "error"
 """Why a row cannot be used: errors are counted before the first one is raised."""
 
@@ -240,6 +243,10 @@ def _host_entry(entry: Entry, ds_cfg: Mapping[str, Any]) -> DictDefault:
             allowed = ", ".join(UserDefinedPrompterType.model_fields)
             raise ValueError(f"{entry.label}: type: unknown keys {unknown}; allowed: {allowed}")
     seen = SFTDataset(**raw).model_dump(exclude_none=True)
+    if mappings := seen.get("message_property_mappings"):
+        # the host's schema fills the mappings, and its own rule for the reasoning field holds only where there are none
+        key, field = seen.get("template_thinking_key", THINKING), seen.get("field_thinking", THINKING)
+        seen["message_property_mappings"] = {key: field, **mappings}
     expanded = {key: ds_cfg[key] for key in ("name", "shards", "shards_idx") if ds_cfg.get(key) is not None}
     return DictDefault({**ds_cfg, SALT_FIELD: None, **seen, **expanded})
 

@@ -9,8 +9,10 @@ import pytest
 @pytest.fixture(scope="module")
 def endings(models: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> dict[corpus.Trial, tuple[str, str]]:
     """How every entry ends."""
-    trials = corpus.trials(models, tmp_path_factory.mktemp("corpus"))
-    return {trial: corpus.outcome(trial) for trial in trials}
+    folder = tmp_path_factory.mktemp("corpus")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # some entries name folders that are made where the command runs
+        return {trial: corpus.outcome(trial) for trial in corpus.trials(models, folder)}
 
 
 def test_the_corpus_is_large(endings: dict[corpus.Trial, tuple[str, str]]) -> None:

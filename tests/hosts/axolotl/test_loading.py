@@ -16,8 +16,8 @@ from axolotl.cli.config import load_cfg
 from axolotl.integrations import base
 from axolotl.utils.dict import DictDefault
 
-from poft_plugin.hosts.axolotl.args import TAKEN_OVER
-from poft_plugin.hosts.axolotl.compat import PLUGIN, name_plugin
+from poft_plugin.hosts.axolotl.args import NAME, TAKEN_OVER
+from poft_plugin.hosts.axolotl.compat import name_plugin
 from poft_plugin.hosts.axolotl.plugin import PoftPlugin
 
 installed_plugins = pytest.mark.skipif(not SINCE_0_21, reason="installed plugins load by themselves since Axolotl 0.21")
@@ -46,11 +46,11 @@ def install(plugin: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @installed_plugins
 def test_installed_it_needs_no_line(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with only_plugins() as manager:
-        install(PLUGIN, monkeypatch)
+        install(NAME, monkeypatch)
         cfg = load_cfg(str(config))
         assert [type(plugin) for plugin in manager.plugins.values()] == [PoftPlugin]
         assert manager.get_trainer_cls(cfg).__name__ == "MethodTrainer"
-    assert (cfg.rl, cfg[TAKEN_OVER], cfg.plugins) == (None, "poft", [PLUGIN])
+    assert (cfg.rl, cfg[TAKEN_OVER], cfg.plugins) == (None, "poft", [NAME])
 
 
 @installed_plugins
@@ -66,10 +66,10 @@ def test_installed_but_broken_the_run_is_refused(config: Path, tmp_path: Path, m
 @pytest.mark.parametrize(
     ("written", "named"),
     [
-        (None, [PLUGIN]),
-        ([], [PLUGIN]),
-        (["other.Plugin"], ["other.Plugin", PLUGIN]),
-        ([PLUGIN], [PLUGIN]),
+        (None, [NAME]),
+        ([], [NAME]),
+        (["other.Plugin"], ["other.Plugin", NAME]),
+        ([NAME], [NAME]),
         (["poft_plugin:PoftPlugin"], ["poft_plugin:PoftPlugin"]),
     ],
 )

@@ -99,18 +99,17 @@ def test_turns_may_follow_each_other_without_a_header(tokenizer: Any, template: 
     assert [turn.content for turn in load_conversation(conversation) if turn.counted] == ["one", "two"]
 
 
-@pytest.mark.parametrize(
-    "content", ["[[dummy_message]]", "zzdummymessagezz", "[[dummy_message]] zz", "a[[dummy_message]]"]
-)
-def test_the_hosts_own_placeholder_in_a_text_moves_no_label_unseen(tokenizer: Any, content: str) -> None:
-    """The host finds a turn by the difference that these words make; where that goes wrong, the row is refused."""
-    try:
-        (labels,) = prepared(tokenizer, [chat(content, content, "?", content)], "chatml")["labels"]
-    except RowError as error:
-        refused, trained = "what the policy is trained on is not the response" in str(error), ""
-    else:
-        refused, trained = False, tokenizer.decode([label for label in labels if label != IGNORED])
-    assert refused or trained == f"{content}<|im_end|>" * 2
+@pytest.mark.parametrize("content", ["[[dummy_message]] zz", "a[[dummy_message]]"])
+def test_the_hosts_own_placeholder_in_a_text_does_no_harm(tokenizer: Any, content: str) -> None:
+    (labels,) = prepared(tokenizer, [chat(content, content, "?", content)], "chatml")["labels"]
+    assert tokenizer.decode([label for label in labels if label != IGNORED]) == f"{content}<|im_end|>" * 2
+
+
+@pytest.mark.parametrize("content", ["[[dummy_message]]", "zzdummymessagezz"])
+def test_where_it_moves_the_labels_the_row_is_refused(tokenizer: Any, content: str) -> None:
+    """The host finds a turn by the difference that these words make."""
+    with pytest.raises(RowError, match=r"row 1: what the policy is trained on is not .*change that word"):
+        prepared(tokenizer, [chat("?", "two"), chat("?", content, "?", content)], "chatml")
 
 
 TEXT = st.text(st.sampled_from("ab .,\n<>é東👍\u200b"), min_size=1, max_size=12).filter(str.strip)
@@ -217,9 +216,7 @@ def test_any_tokenizers_labels_are_read_back(any_tokenizer: Any, contents: list[
     with pytest.raises(RowError, match="row: what the policy is trained on is not the response"):
         TrainedText(any_tokenizer).check((*turns, Turn("assistant", "c", True)), labels, "row")
     with pytest.raises(RowError, match="row: what the policy is trained on is not the response"):
-        TrainedText(any_tokenizer).check(
-            turns, [*labels, *any_tokenizer("c", add_special_tokens=False)["input_ids"]], "row"
-        )
+        TrainedText(any_tokenizer).check(turns, [*labels, *more], "row")
 
 
 # Law 2: a token counts only by characters of the response
