@@ -211,6 +211,7 @@ def test_any_tokenizers_labels_are_read_back(any_tokenizer: Any, contents: list[
         labels += [*any_tokenizer(content + eos, add_special_tokens=False)["input_ids"], IGNORED]
     found = TrainedText(any_tokenizer).check(turns, labels, "row")
     assert [turn.ends for turn in found] == [1] * len(turns)
+    more = any_tokenizer("c", add_special_tokens=False)["input_ids"]
     without = [label for label in labels if label != any_tokenizer.eos_token_id]
     assert all(turn.ends == 0 for turn in TrainedText(any_tokenizer).check(turns, without, "row"))
     with pytest.raises(RowError, match="row: what the policy is trained on is not the response"):
