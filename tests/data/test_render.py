@@ -251,6 +251,49 @@ def test_end_of_turn_tokens_count_where_asked(byte_level: Any, gap: str) -> None
     assert with_end.input_ids == without.input_ids
 
 
+QWEN3 = """{%- for m in messages -%}{%- if m.role == 'assistant' -%}{%- set r = '' -%}{%- set c = m.content -%}
+{%- if '</think>' in c -%}{%- set r = c.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') -%}
+{%- set c = c.split('</think>')[-1].lstrip('\\n') -%}{%- endif -%}
+{%- if loop.last -%}{{- '<|im_start|>assistant\\n<think>\\n' + r.strip('\\n') + '\\n</think>\\n\\n' + c -}}
+{%- else -%}{{- '<|im_start|>assistant\\n' + c -}}{%- endif -%}{{- '<|im_end|>\\n' -}}
+{%- else -%}{{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' -}}{%- endif -%}{%- endfor -%}"""
+GLM = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if '</think>' in m.content %}"
+    "{{ '<think>' + m.content.split('</think>')[0].split('<think>')[-1].strip() + '</think>\n' }}"
+    "{{ m.content.split('</think>')[-1].strip() }}{% else %}{{ m.content.strip() }}{% endif %}<|im_end|>{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "content"),
+    [(QWEN3, "<think>\nadd them\n</think>\n\nfour"), (QWEN3, "four"), (QWEN3, "<think>\n\n</think>\n\nfour"),
+     (QWEN3, "<think>\nadd them\n</think>"), (GLM, "<think>hm</think>\nyo"), (GLM, " yo\n")],
+)  # fmt: skip
+def test_a_template_that_takes_thinking_apart_and_writes_it_again(byte_level: Any, template: str, content: str) -> None:
+    turns = (user("one"), assistant("before", counted=False), user("2+2?"), assistant(content))
+    rendered = Renderer(byte_level, template, "reference 'ref'")(turns, WHERE)
+    start = rendered.text.rfind(content.strip())
+    assert list(rendered.counted) == by_bytes(byte_level, rendered, [(start, start + len(content.strip()))])
+
+
+@pytest.mark.parametrize(
+    ("template", "turns"),
+    [
+        (QWEN3, (user("2+2?"), assistant("<think>\nso\n</think>\n\nfour"), user("3+3?"), assistant("six"))),
+        (QWEN3, (user("2+2?"), assistant("<think>so</think>four"))),
+        (GLM, (user("2+2?"), assistant("<think>\nso\n</think>\nfour"))),
+    ],
+)
+def test_thinking_that_a_template_drops_or_lays_out_anew_is_refused(
+    byte_level: Any, template: str, turns: Conversation
+) -> None:
+    with pytest.raises(RowError, match="changes the response, turn 1: the rendered text does not hold it word for"):
+        Renderer(byte_level, template, "reference 'ref'")(turns, WHERE)
+    rendered = Renderer(byte_level, template, "reward model 'ref'", needs_response=False)(turns, WHERE)
+    assert not any(rendered.counted)
+    assert list(rendered.input_ids) == byte_level(rendered.text, add_special_tokens=False)["input_ids"]
+
+
 def test_end_of_turn_tokens_count_where_the_labels_hold_one(byte_level: Any) -> None:
     turns = (user("one"), Turn("assistant", "two", True, 0), user("three"), Turn("assistant", "four", True, 1))
     rendered = Renderer(byte_level, tiny.CHATML, "reference 'ref'", include_end_of_turn="auto")(turns, WHERE)

@@ -1,5 +1,6 @@
 """Rows and scorers for the scoring tests, and a plain float64 loop to compare with."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,18 @@ def conversation(row: dict[str, Any]) -> tuple[Turn, ...]:
 
 def as_rows(rows: list[dict[str, Any]], source: str = "data.jsonl") -> Rows:
     """Rows of one data set."""
-    conversations = [conversation(row) for row in rows]
+    return rows_of([conversation(row) for row in rows], source)
+
+
+def rows_of(conversations: Sequence[Sequence[Turn]], source: str = "data.jsonl") -> Rows:
+    """Conversations as rows of one data set."""
     return Rows(
         pa.table(
             {
                 "row_key": pa.chunked_array([[row_key(c) for c in conversations]]),
                 "conversation": pa.chunked_array([[dump_conversation(c) for c in conversations]]),
-                "source": pa.chunked_array([[source] * len(rows)]),
-                "row_number": pa.chunked_array([list(range(len(rows)))]),
+                "source": pa.chunked_array([[source] * len(conversations)]),
+                "row_number": pa.chunked_array([list(range(len(conversations)))]),
             }
         ),
         {},

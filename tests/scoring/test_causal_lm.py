@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import pytest
 import tiny
 
-from poft_plugin.data.rows import RowError
+from poft_plugin.data.rows import RowError, Turn
+from poft_plugin.scoring import chat_templates
 from poft_plugin.scoring.cache import ScoreCache
-from poft_plugin.scoring.run import Share
-from scoring.support import as_rows, plain_reward, score_missing, scorer
+from poft_plugin.scoring.run import Share, prepare_missing
+from scoring.support import as_rows, plain_reward, rows_of, score_missing, scorer
 
 RELATIVE = 1e-4
 ROWS = tiny.chat_rows(12, seed=3) + tiny.chat_rows(4, seed=4, turns=3)
@@ -135,6 +136,60 @@ def test_a_reference_without_template_is_refused(models: SimpleNamespace, tmp_pa
         _ = scorer(folder, ScoreCache(tmp_path), chat_template="nowhere.jinja").chat_template
     (tmp_path / "t.jinja").write_text(tiny.INST)
     assert scorer(folder, ScoreCache(tmp_path), chat_template=str(tmp_path / "t.jinja")).chat_template == tiny.INST
+
+
+def test_template_names_that_the_host_gives(
+    models: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat_templates, "NAMED", {"chatml": tiny.CHATML})
+    own = (models.ref_a / "chat_template.jinja").read_text()
+    bare = Path(shutil.copytree(models.ref_a, tmp_path / "bare"))
+    (bare / "chat_template.jinja").unlink()
+    cache = ScoreCache(tmp_path)
+    for folder, name, text in (
+        (models.ref_a, "chatml", tiny.CHATML), (models.ref_a, "tokenizer_default", own),
+        (models.ref_a, "tokenizer_default_fallback_chatml", own),
+        (bare, "tokenizer_default_fallback_chatml", tiny.CHATML),
+    ):  # fmt: skip
+        assert scorer(folder, cache, chat_template=name).chat_template == text
+    with pytest.raises(ValueError, match=r"'ref_a': chat_template 'chat_ml': .*Names: tokenizer_default, .*, chatml$"):
+        _ = scorer(models.ref_a, cache, chat_template="chat_ml").chat_template
+    with pytest.raises(ValueError, match=r"'bare'.*no chat template"):
+        _ = scorer(bare, cache, chat_template="tokenizer_default").chat_template
+
+
+SKIPS = "{% for m in messages if m.role in ['user', 'assistant'] %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+
+
+def test_turns_that_a_template_leaves_out_are_said_once(
+    models: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the text occurs elsewhere: the tool's `five` is in the answer."""
+    roles = ("system", "user", "assistant", "tool", "assistant")
+    texts = ("Say five.", "2+2?", "call", "five", "five.")
+    whole = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    rows = as_rows([{"messages": whole}, {"messages": whole[1:]}, {"messages": whole[1:3]}])
+    cache = ScoreCache(tmp_path)
+    prepare_missing(scorer(models.ref_a, cache, chat_template=SKIPS), rows, cache, Share(0, 1))
+    printed = capsys.readouterr().out
+    assert printed.count("WARNING: reference 'ref_a': its chat template leaves out turns") == 1
+    assert "role 'system' in 1 of 3 rows" in printed
+    assert "role 'tool' in 2 of 3 rows" in printed
+    assert "`system_turns: merge`" in printed
+    prepare_missing(scorer(models.ref_a, cache, chat_template=tiny.CHATML), rows, cache, Share(0, 1))
+    assert "leaves out" not in capsys.readouterr().out
+
+
+def test_rows_without_an_end_of_turn_token_are_counted(
+    models: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    turns = [[Turn("user", "one?"), Turn("assistant", text, True, ends)] for text, ends in (("two", 1), ("six", 0))]
+    rows = rows_of(turns)
+    cache = ScoreCache(tmp_path)
+    reference = scorer(models.ref_a, cache, chat_template=bare, include_end_of_turn="auto")
+    prepare_missing(reference, rows, cache, Share(0, 1))
+    assert "reference 'ref_a': 1 of 2 rows are scored without an end-of-turn token" in capsys.readouterr().out
 
 
 def test_a_template_that_is_no_jinja_is_the_references_fault(models: SimpleNamespace, tmp_path: Path) -> None:

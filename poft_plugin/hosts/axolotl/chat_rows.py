@@ -42,6 +42,8 @@ class ChatReader:
         prompt[self.strategy.prompter.field_messages] = messages
         for number, message in enumerate(messages):
             self._check(message, f"{self.strategy.prompter.field_messages}[{number}]", where)
+        messages = self._without_blank_systems(prompt, messages)
+        prompt[self.strategy.prompter.field_messages] = messages
         try:
             turns = self.strategy.get_conversation_thread(prompt)
         except HOST_ERRORS as error:
@@ -78,6 +80,22 @@ class ChatReader:
                 "remove such rows"
             )
         return prompt
+
+    def _without_blank_systems(self, prompt: dict[str, Any], messages: list[Any]) -> list[Any]:
+        """A blank system text is no system turn, for the policy as for references: its column and messages go."""
+        prompter = self.strategy.prompter
+        system = prompt.get(prompter.field_system)
+        if isinstance(system, str) and not system.strip():
+            del prompt[prompter.field_system]
+        names = prompter.message_property_mappings
+        role, text = names.get("role", "role"), names.get("content", "content")
+        return [
+            message
+            for message in messages
+            if prompter.roles.get(message[role], message[role]) != "system"
+            or not isinstance(message[text], str)
+            or message[text].strip()
+        ]
 
     def _messages(self, prompt: Row, where: str) -> list[Any]:
         field = self.strategy.prompter.field_messages

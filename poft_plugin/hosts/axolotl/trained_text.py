@@ -70,7 +70,7 @@ class TrainedText:
         try:
             return self._checked(conversation, segments, self._decode([segment.ids for segment in segments]))
         except TextDiffersError as error:
-            raise RowError(f"{where}: {error}") from None
+            raise RowError(f"{where}: {error}. {_remedy(conversation)}") from None
 
     def _checked(self, conversation: Conversation, segments: Sequence[Segment], texts: Sequence[str]) -> Conversation:
         contents = [turn.content for turn in conversation if turn.counted]

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from tokenizers import decoders as token_decoders
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from poft_plugin.data.render import Renderer
+from poft_plugin.data.render import FIXED_DATE, Renderer
 from poft_plugin.data.rows import RowError, Turn, load_conversation, row_key
 from poft_plugin.hosts.axolotl.chat_templates import name_host_templates
 from poft_plugin.hosts.axolotl.entries import Entry
@@ -99,18 +99,17 @@ def test_turns_may_follow_each_other_without_a_header(tokenizer: Any, template: 
     assert [turn.content for turn in load_conversation(conversation) if turn.counted] == ["one", "two"]
 
 
-@pytest.mark.parametrize(
-    "content", ["[[dummy_message]]", "zzdummymessagezz", "[[dummy_message]] zz", "a[[dummy_message]]"]
-)
-def test_the_hosts_own_placeholder_in_a_text_moves_no_label_unseen(tokenizer: Any, content: str) -> None:
-    """The host finds a turn by the difference that these words make; where that goes wrong, the row is refused."""
-    try:
-        (labels,) = prepared(tokenizer, [chat(content, content, "?", content)], "chatml")["labels"]
-    except RowError as error:
-        refused, trained = "what the policy is trained on is not the response" in str(error), ""
-    else:
-        refused, trained = False, tokenizer.decode([label for label in labels if label != IGNORED])
-    assert refused or trained == f"{content}<|im_end|>" * 2
+@pytest.mark.parametrize("content", ["[[dummy_message]] zz", "a[[dummy_message]]"])
+def test_the_hosts_own_placeholder_in_a_text_does_no_harm(tokenizer: Any, content: str) -> None:
+    (labels,) = prepared(tokenizer, [chat(content, content, "?", content)], "chatml")["labels"]
+    assert tokenizer.decode([label for label in labels if label != IGNORED]) == f"{content}<|im_end|>" * 2
+
+
+@pytest.mark.parametrize("content", ["[[dummy_message]]", "zzdummymessagezz"])
+def test_where_it_moves_the_labels_the_row_is_refused(tokenizer: Any, content: str) -> None:
+    """The host finds a turn by the difference that these words make."""
+    with pytest.raises(RowError, match=r"row 1: what the policy is trained on is not .*change that word"):
+        prepared(tokenizer, [chat("?", "two"), chat("?", content, "?", content)], "chatml")
 
 
 TEXT = st.text(st.sampled_from("ab .,\n<>é東👍\u200b"), min_size=1, max_size=12).filter(str.strip)
@@ -283,6 +282,28 @@ def test_a_policy_that_is_its_own_reference_counts_what_it_is_trained_on(tokeniz
                 name,
                 rendered.text,
             )
+
+
+@pytest.mark.parametrize("template", ["chatml", "llama3", "mistral_v1"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {**chat("one?", "two"), "system": ""},
+        {**chat("one?", "two"), "system": None},
+        chat(" \n", "one?", "two", roles=("system", "user", "assistant")),
+    ],
+)
+def test_a_blank_system_text_is_no_system_turn(tokenizer: Any, template: str, row: dict[str, Any]) -> None:
+    """For the policy, and in the row's key, so for references too."""
+    (plain,), (found,) = (prepared(tokenizer, [each], template) for each in (chat("one?", "two"), row))
+    assert found["input_ids"] == plain["input_ids"]
+    assert found["row_key"] == plain["row_key"]
+
+
+def test_policy_and_references_see_one_date(tokenizer: Any) -> None:
+    template = "{{ strftime_now('%d %b %Y') }}\n" + tiny.CHATML
+    (row,) = prepared(tokenizer, [chat("one?", "two")], template)
+    assert tokenizer.decode(row["input_ids"]).startswith(FIXED_DATE.strftime("%d %b %Y"))
 
 
 def test_ends_are_counted_where_the_labels_hold_them(tokenizer: Any) -> None:
