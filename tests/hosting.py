@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from axolotl.cli.args import TrainerCliArgs
 from axolotl.integrations.base import BasePlugin, PluginManager
+from peft.tuners.lora import LoraLayer
 from transformers import TrainerCallback, set_seed
 
 CAPABILITIES = {"bf16": False, "fp8": False, "tf32": False, "n_gpu": 1, "compute_capability": None}
@@ -39,7 +40,11 @@ class RecorderPlugin(BasePlugin):
     recording = Recording()
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """Keeps the trainer."""
+        """Keeps the trainer. An adapter begins at random: from the seed, whatever was drawn before it was made."""
+        set_seed(cfg.seed)
+        for module in trainer.model.modules():
+            if isinstance(module, LoraLayer):
+                module.reset_lora_parameters("default", init_lora_weights=True)
         type(self).recording = Recording(trainer)
         weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
         type(self).recording.initial = weights
@@ -77,7 +82,6 @@ def train(path: Path, **overrides: Any) -> Recording:
     from axolotl.cli.train import do_train
 
     cfg = load_config(path, **overrides)
-    set_seed(cfg.seed)  # an adapter begins at random, from what this process drew before
     # the host collects garbage at every packing (half a second over all that tests have imported): let it find little
     gc.collect()
     gc.freeze()

@@ -137,6 +137,8 @@ def _check_weight(raw: Mapping[str, Any], where: str) -> None:
             f"{where}.weight: {weight!r} is not read by this version of Axolotl (0.20 is the first that does). Remove "
             "it; `shards: 2` with `shards_idx: 0` takes a half of the rows"
         )
+    if weight is not None and not (isinstance(weight, int | float) and 0 < weight <= 1):
+        raise ValueError(f"{where}.weight: {weight!r} is no share of a data set: give a number above 0 and up to 1")
 
 
 def _completion_fields(raw: Mapping[str, Any], where: str) -> PromptCompletionFields | None:

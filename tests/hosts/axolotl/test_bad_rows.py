@@ -129,7 +129,7 @@ def test_rows_that_a_reference_refuses_are_left_out(models: SimpleNamespace, tmp
     cfg = config(models, tmp_path, rows, {"on_bad_row": "drop"})
     from axolotl.integrations.base import PluginManager
 
-    (plugin,) = PluginManager.get_instance().plugins.values()
+    plugin = PluginManager.get_instance().plugins["poft_plugin.PoftPlugin"]
     (kept,) = graded_rows(cfg, plugin.method_run, RunContext("score"))
     assert [len(load_conversation(text)) for text in kept.table["conversation"].to_pylist()] == [2]
     assert np.isfinite(kept.attached["reference_logp"]).all()

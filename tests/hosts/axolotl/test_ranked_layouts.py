@@ -151,7 +151,7 @@ def take_over(**entry: Any) -> dict[str, Any]:
         ({"type": RANKED, "field_responses": ["a", "b"], "field_winner": "w", "winner_values": [1]},
          "winner_values: 1 for 2 responses; give one for each"),
         ({"type": PAIR, "field_scores": ["a"]}, "field_scores: 1 for 2 responses"),
-        ({"type": PAIR, "weight": 2.0}, "weight: 2.0 (is not read by this version|cannot be honoured|is not)"),
+        ({"type": PAIR, "weight": 2.0}, "weight: 2.0 is (not read by this version|no share of a data set)"),
         ({"type": "chatml.default"}, r"\(data\): type 'chatml\.default' reads whichever.*\n    type: chat_template\n"),
         ({"type": "llama3"}, "\n    chat_template: llama3$"),
         ({"type": "zephyr.nectar"}, r"markup.*\n    type: poft_plugin\.ranked\n.*\n    field_response_rank: rank$"),
