@@ -24,10 +24,10 @@ from poft_plugin.config import ReferenceConfig
 from poft_plugin.data.discrepancy import GradedSample, count_tokens
 from poft_plugin.data.grading import grade_levels
 from poft_plugin.data.preparation import RunContext
+from poft_plugin.preprocessors.reference_rewards import reference_rewards
+from poft_plugin.scorers.causal_lm import CausalLMScorer
 from poft_plugin.scoring.cache import ScoreCache
-from poft_plugin.scoring.causal_lm import CausalLMScorer
 from poft_plugin.scoring.checkpoints import resolve_checkpoint
-from poft_plugin.scoring.references import reference_rewards
 from poft_plugin.scoring.run import batches_for
 from poft_plugin.scoring.scorer import Score
 

@@ -40,8 +40,8 @@ from benchmarks.common import (
 from benchmarks.synthetic import random_rows
 from poft_plugin.config import ReferenceConfig
 from poft_plugin.data.rows import Turn
+from poft_plugin.scorers.causal_lm import CausalLMScorer
 from poft_plugin.scoring.cache import ScoreCache
-from poft_plugin.scoring.causal_lm import CausalLMScorer
 from poft_plugin.scoring.checkpoints import resolve_checkpoint
 from poft_plugin.scoring.run import batches_for
 from poft_plugin.scoring.scorer import PreparedRow

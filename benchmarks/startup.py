@@ -30,7 +30,7 @@ from transformers.utils import logging
 from benchmarks import synthetic
 from benchmarks.common import Contestant, Report, arguments, peak_mib, publish, race, ratio, rounds, settle
 from poft_plugin.data.preparation import Rows, RunContext
-from poft_plugin.scoring.references import reference_rewards
+from poft_plugin.preprocessors.reference_rewards import reference_rewards
 
 REFERENCES = 3
 JOIN_ROWS = 200_000

@@ -13,8 +13,8 @@ from benchmarks.common import SEED
 from poft_plugin.config import PoftConfig
 from poft_plugin.data.preparation import Rows
 from poft_plugin.data.rows import Turn, dump_conversation, row_key
+from poft_plugin.preprocessors.reference_rewards import open_references
 from poft_plugin.scoring.cache import SCHEMA, ScoreCache
-from poft_plugin.scoring.references import open_references
 from poft_plugin.scoring.scorer import PreparedRow
 
 TEMPLATE = (

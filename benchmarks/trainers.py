@@ -32,7 +32,7 @@ from poft_plugin.hosts.axolotl.collators import host_collator
 from poft_plugin.hosts.axolotl.run import MethodRun
 from poft_plugin.hosts.axolotl.trainer import MethodTrainer, trainer_class
 from poft_plugin.plugins import registry
-from poft_plugin.scoring.grades import DISCREPANCY
+from poft_plugin.preprocessors.grades import DISCREPANCY
 
 PAD, EOS = 0, 2
 ALPACA, HH_RLHF, TOKENIZER = "alpaca/alpaca.jsonl.gz", "hh_rlhf", "tokenizers/mistral-v3"

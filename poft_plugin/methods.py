@@ -66,7 +66,7 @@ POFT = Method(
     loss="poft",
     preprocessors=("reference_rewards",),
     columns=(REFERENCE_LOGP,),
-    check="poft_plugin.scoring.references:check_references",
+    check="poft_plugin.preprocessors.reference_rewards:check_references",
 )
 
 PRO = Method(
@@ -80,7 +80,7 @@ PRO = Method(
     preprocessors=("response_scores",),
     columns=(RANKS,),
     defaults={"sft_weight": 0.05},
-    check="poft_plugin.scoring.rewards:check_ranking",
+    check="poft_plugin.preprocessors.response_scores:check_ranking",
 )
 
 RRHF = replace(
@@ -144,7 +144,7 @@ def deft(method: Method) -> Method | None:
         defaults={**inner_defaults, "omega": OMEGA.get(method.name)},
         unread=method.unread if same_block else ("sft_weight", "pro_temperature"),
         alone=True,
-        check="poft_plugin.scoring.rewards:check_deft",
+        check="poft_plugin.preprocessors.response_scores:check_deft",
         base=method,
     )
 
@@ -177,10 +177,10 @@ def register_losses(register: "Callable[[str, LossFunction], None]") -> None:
 @hookimpl
 def register_preprocessors(register: "Callable[[str, Preprocessor], None]") -> None:
     """Our preprocessors."""
-    from poft_plugin.scoring.grades import grades
-    from poft_plugin.scoring.references import reference_rewards
-    from poft_plugin.scoring.rewards import response_scores
-    from poft_plugin.scoring.start_policy import reference_sum_logps
+    from poft_plugin.preprocessors.grades import grades
+    from poft_plugin.preprocessors.reference_rewards import reference_rewards
+    from poft_plugin.preprocessors.response_scores import response_scores
+    from poft_plugin.scorers.start_policy import reference_sum_logps
 
     register("reference_rewards", reference_rewards)
     register("response_scores", response_scores)

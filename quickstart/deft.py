@@ -29,7 +29,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from poft_plugin.config import DeftConfig
 from poft_plugin.data.grading import LEVELS, grade_levels
-from poft_plugin.scoring.grades import grade_score
+from poft_plugin.preprocessors.grades import grade_score
 from quickstart import evaluate, models, preferences, report, task
 from quickstart.preferences import Pair
 from quickstart.reward_model import fit_reward_model, make_reward_model, rewards

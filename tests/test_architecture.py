@@ -37,7 +37,7 @@ def test_imports_go_down() -> None:
         ("poft_plugin.plugins", ("torch", "transformers", "axolotl")),
         ("poft_plugin.hosts.axolotl.cli", ("torch", "transformers", "axolotl")),
         ("poft_plugin.trainers.poft", ("transformers", "axolotl")),
-        ("poft_plugin.scoring.references", ("axolotl", "trl")),
+        ("poft_plugin.preprocessors.reference_rewards", ("axolotl", "trl")),
     ],
 )
 def test_importing_loads_nothing_heavy(module: str, heavy: tuple[str, ...]) -> None:

@@ -100,7 +100,7 @@ def test_a_ranked_method_of_another_package_gets_its_deft_form() -> None:
         training_preprocessors=("toy_counts", "grades"),
         defaults={"omega": None},  # its own are those of its own block
         unread=("sft_weight", "pro_temperature"),
-        check="poft_plugin.scoring.rewards:check_deft",
+        check="poft_plugin.preprocessors.response_scores:check_deft",
         base=RANKED_TOY,
     )
     assert plugins.registry().methods["toy"] is RANKED_TOY

@@ -229,7 +229,7 @@ def test_evaluate_merge_lora_and_inference_need_no_reference(
     from axolotl.cli import evaluate, merge_lora
     from axolotl.cli.utils import load_model_and_tokenizer
 
-    from poft_plugin.scoring.causal_lm import CausalLMScorer
+    from poft_plugin.scorers.causal_lm import CausalLMScorer
 
     kernels = dict.fromkeys(("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"), False)
     lora = {"adapter": "lora", "lora_r": 4, "lora_alpha": 8, "lora_target_linear": True, **kernels}

@@ -136,7 +136,7 @@ def test_exact_deduplication_still_finds_equal_rows(models: SimpleNamespace, tmp
 def test_preprocess_then_train_loads_no_reference(
     models: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from poft_plugin.scoring.causal_lm import CausalLMScorer
+    from poft_plugin.scorers.causal_lm import CausalLMScorer
 
     path = config(models, tmp_path, sample_packing=True, max_steps=1, poft={"missing_scores": "error"})
     hosting.preprocess(path, monkeypatch)

@@ -244,7 +244,7 @@ def test_counts_are_cached_by_content(
     models: SimpleNamespace, tmp_path: Path, whole: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare(config(tmp_path, models, RAW))
-    monkeypatch.setattr("poft_plugin.scoring.grades.count_tokens", lambda *_, **__: pytest.fail("counted again"))
+    monkeypatch.setattr("poft_plugin.preprocessors.grades.count_tokens", lambda *_, **__: pytest.fail("counted again"))
     (tmp_path / "out" / "discrepancy.safetensors").unlink()
     again = prepare(config(tmp_path, models, RAW, deft={"omega": 0.25}))
     np.testing.assert_array_equal(again.discrepancy, whole.discrepancy)

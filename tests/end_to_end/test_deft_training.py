@@ -229,8 +229,8 @@ def test_one_model_in_memory(
     models: SimpleNamespace, in_folder: Path, adapter: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Reward model and start policy are loaded, score, and are gone when the policy trains; cached, not even loaded."""
-    from poft_plugin.scoring.reward_model import RewardModelScorer
-    from poft_plugin.scoring.start_policy import StartPolicyScorer
+    from poft_plugin.scorers.reward_model import RewardModelScorer
+    from poft_plugin.scorers.start_policy import StartPolicyScorer
 
     loaded: list[str] = []
     for scorer in (RewardModelScorer, StartPolicyScorer):

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from poft_plugin.config import ReferenceConfig, RewardModelConfig
 from poft_plugin.data.preparation import Rows
 from poft_plugin.data.rows import Turn, dump_conversation, row_key
+from poft_plugin.scorers.causal_lm import CausalLMScorer
+from poft_plugin.scorers.reward_model import RewardModelScorer
 from poft_plugin.scoring.cache import ScoreCache
-from poft_plugin.scoring.causal_lm import CausalLMScorer
 from poft_plugin.scoring.checkpoints import resolve_checkpoint
-from poft_plugin.scoring.reward_model import RewardModelScorer
 from poft_plugin.scoring.run import Share, prepare_missing, score_prepared
 from poft_plugin.scoring.scorer import Scorer
 

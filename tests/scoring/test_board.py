@@ -13,10 +13,10 @@ from torch.distributed import TCPStore
 
 from poft_plugin.config import PoftConfig
 from poft_plugin.data.preparation import RunContext
+from poft_plugin.preprocessors.reference_rewards import open_references, reference_rewards
 from poft_plugin.scoring import run as scoring_run
 from poft_plugin.scoring.board import open_board
 from poft_plugin.scoring.cache import ScoreCache
-from poft_plugin.scoring.references import open_references, reference_rewards
 from poft_plugin.scoring.scorer import Identity
 from scoring.support import as_rows
 

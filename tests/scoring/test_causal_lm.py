@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from poft_plugin.data.rows import RowError, Turn
-from poft_plugin.scoring import chat_templates
+from poft_plugin.scorers import chat_templates
 from poft_plugin.scoring.cache import ScoreCache
 from poft_plugin.scoring.run import Share, prepare_missing
 from scoring.support import as_rows, plain_reward, rows_of, score_missing, scorer

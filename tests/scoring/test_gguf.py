@@ -11,7 +11,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from poft_plugin.scoring import gguf_files
+from poft_plugin.scorers import gguf_files
 from poft_plugin.scoring.cache import ScoreCache
 from poft_plugin.scoring.checkpoints import MissingCheckpointError
 from poft_plugin.scoring.run import Share

@@ -20,8 +20,8 @@ from poft_plugin.data.groups import in_order, ragged
 from poft_plugin.data.preparation import Policy, Prepared, Rows, RunContext
 from poft_plugin.data.ranked import RankedSample
 from poft_plugin.data.rows import Turn
-from poft_plugin.scoring import grades as module
-from poft_plugin.scoring.grades import DISCREPANCY, grades, load_discrepancy
+from poft_plugin.preprocessors import grades as module
+from poft_plugin.preprocessors.grades import DISCREPANCY, grades, load_discrepancy
 from scoring.ranked_support import counted, ranked
 
 TOP, BOTTOM, ROWS, LONG = 30, 25, 12, 20

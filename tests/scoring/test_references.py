@@ -15,11 +15,11 @@ import tiny
 from poft_plugin.config import PoftConfig
 from poft_plugin.data.columns import REFERENCE_LOGP
 from poft_plugin.data.preparation import RunContext
+from poft_plugin.preprocessors.reference_rewards import reference_rewards
+from poft_plugin.scorers.causal_lm import CausalLMScorer
 from poft_plugin.scoring.cache import ScoreCache
-from poft_plugin.scoring.causal_lm import CausalLMScorer
 from poft_plugin.scoring.checkpoints import MissingCheckpointError, resolve_checkpoint
 from poft_plugin.scoring.exchange import export_scores, import_scores
-from poft_plugin.scoring.references import reference_rewards
 from scoring.support import as_rows, plain_reward, scorer
 
 DATA = tiny.chat_rows(5, seed=2)

@@ -20,10 +20,10 @@ from transformers import (
 )
 
 from poft_plugin.data.rows import RowError, Turn
-from poft_plugin.scoring import reward_model
+from poft_plugin.scorers import reward_model
+from poft_plugin.scorers.reward_model import RewardModelScorer
 from poft_plugin.scoring.cache import ScoreCache
 from poft_plugin.scoring.plan import plan_scoring, probe
-from poft_plugin.scoring.reward_model import RewardModelScorer
 from poft_plugin.scoring.run import RunContext, Share
 from scoring.support import as_rows, grader, score_missing
 

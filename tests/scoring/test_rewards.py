@@ -14,10 +14,7 @@ from poft_plugin.data.columns import DROPPABLE, ORDER, RANKS, SCORES
 from poft_plugin.data.preparation import Rows, RunContext
 from poft_plugin.data.ranked import RankedSample, ranked_list
 from poft_plugin.data.rows import RowError, Turn, load_conversation
-from poft_plugin.scoring.cache import ScoreCache
-from poft_plugin.scoring.plan import plan_reference
-from poft_plugin.scoring.reward_model import RewardModelScorer
-from poft_plugin.scoring.rewards import (
+from poft_plugin.preprocessors.response_scores import (
     check_deft,
     check_ranking,
     needs_scores,
@@ -26,6 +23,9 @@ from poft_plugin.scoring.rewards import (
     response_scores,
     rows_to_score,
 )
+from poft_plugin.scorers.reward_model import RewardModelScorer
+from poft_plugin.scoring.cache import ScoreCache
+from poft_plugin.scoring.plan import plan_reference
 from scoring.ranked_support import plain_score, ranked
 
 TRAIN = RunContext("train")

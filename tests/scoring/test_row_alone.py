@@ -9,10 +9,10 @@ import torch
 import transformers as hf
 
 from poft_plugin.config import ReferenceConfig
+from poft_plugin.scorers.start_policy import StartPolicyScorer
 from poft_plugin.scoring.checkpoints import Checkpoint
 from poft_plugin.scoring.run import batches
 from poft_plugin.scoring.scorer import PreparedRow
-from poft_plugin.scoring.start_policy import StartPolicyScorer
 
 BOUND = 32
 VOCABULARY = 96

@@ -12,9 +12,9 @@ import tiny
 
 from poft_plugin.data.preparation import RunContext
 from poft_plugin.data.rows import RowError
+from poft_plugin.scorers.causal_lm import CausalLMScorer
 from poft_plugin.scoring import run as scoring_run
 from poft_plugin.scoring.cache import ScoreCache
-from poft_plugin.scoring.causal_lm import CausalLMScorer
 from poft_plugin.scoring.run import Share, accelerator, share_of, wait_for_others
 from poft_plugin.scoring.scorer import Score
 from scoring.support import as_rows, score_missing, scorer

@@ -19,9 +19,9 @@ from poft_plugin.data.columns import REFERENCE_SUM_LOGPS
 from poft_plugin.data.preparation import Policy, Rows, RunContext
 from poft_plugin.data.ranked import RankedSample
 from poft_plugin.data.rows import Turn
+from poft_plugin.scorers.causal_lm import CausalLMScorer
+from poft_plugin.scorers.start_policy import open_start_policy, reference_sum_logps, token_rows
 from poft_plugin.scoring.cache import ScoreCache
-from poft_plugin.scoring.causal_lm import CausalLMScorer
-from poft_plugin.scoring.start_policy import open_start_policy, reference_sum_logps, token_rows
 from scoring.ranked_support import counted, ranked
 
 VOCABULARY = 350

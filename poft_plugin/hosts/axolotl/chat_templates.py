@@ -5,7 +5,7 @@ from axolotl.utils.dict import DictDefault
 from axolotl.utils.schemas.enums import ChatTemplate
 
 from poft_plugin.data.render import FIXED_DATE
-from poft_plugin.scoring.chat_templates import NAMED
+from poft_plugin.scorers.chat_templates import NAMED
 
 
 def name_host_templates() -> None:

@@ -18,21 +18,21 @@ from poft_plugin.hosts.axolotl.datasets import graded_rows, load_host_rows, run_
 from poft_plugin.hosts.axolotl.entries import ENTRIES, SALT_FIELD
 from poft_plugin.hosts.axolotl.plugin import PoftPlugin
 from poft_plugin.hosts.axolotl.run import MethodRun
+from poft_plugin.preprocessors.reference_rewards import open_references, reference_rewards
+from poft_plugin.preprocessors.response_scores import KIND as REWARD_MODEL
+from poft_plugin.preprocessors.response_scores import needs_scores, open_reward_model, response_rows, rows_to_score
 from poft_plugin.report.console import make_console
 from poft_plugin.report.tokens import marked
+from poft_plugin.scorers.pretrained import PretrainedScorer
+from poft_plugin.scorers.start_policy import KIND as START_POLICY
+from poft_plugin.scorers.start_policy import open_start_policy, token_rows
 from poft_plugin.scoring.cache import Lookup, ScoreCache, cache_folder
 from poft_plugin.scoring.checkpoints import MissingCheckpointError
 from poft_plugin.scoring.exchange import export_scores, import_scores
 from poft_plugin.scoring.graded import export_graded, write_graded_rows
 from poft_plugin.scoring.plan import matmul_rate, plan_reference, print_plan, probe
-from poft_plugin.scoring.pretrained import PretrainedScorer
-from poft_plugin.scoring.references import open_references, reference_rewards
-from poft_plugin.scoring.rewards import KIND as REWARD_MODEL
-from poft_plugin.scoring.rewards import needs_scores, open_reward_model, response_rows, rows_to_score
 from poft_plugin.scoring.run import Share, accelerator, prepare_missing, score_prepared
 from poft_plugin.scoring.sources import Source, check_revisions, score_all
-from poft_plugin.scoring.start_policy import KIND as START_POLICY
-from poft_plugin.scoring.start_policy import open_start_policy, token_rows
 
 console = make_console()
 

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from poft_plugin.data.preparation import Policy
-from poft_plugin.scoring.attention import SOFT_CAP, drops_soft_cap
-from poft_plugin.scoring.loading import load_complete
+from poft_plugin.scorers.attention import SOFT_CAP, drops_soft_cap
+from poft_plugin.scorers.loading import load_complete
 
 LOG = get_logger("axolotl.poft_plugin")
 

@@ -22,7 +22,7 @@ from poft_plugin.hosts.axolotl.evaluation import evaluation_sets
 from poft_plugin.hosts.axolotl.run import MethodRun
 from poft_plugin.hosts.dropout import disable_dropout
 from poft_plugin.hosts.sample_mean import SampleMeanTrainer
-from poft_plugin.scoring.grades import DISCREPANCY, load_discrepancy
+from poft_plugin.preprocessors.grades import DISCREPANCY, load_discrepancy
 
 
 class MethodTrainer(AxolotlTrainer, SampleMeanTrainer):

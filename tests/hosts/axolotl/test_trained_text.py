@@ -23,7 +23,7 @@ from poft_plugin.hosts.axolotl.entries import Entry
 from poft_plugin.hosts.axolotl.strategy import MethodStrategy
 from poft_plugin.hosts.axolotl.trained_text import TextDiffersError, TrainedText, walk
 from poft_plugin.losses.logps import IGNORED
-from poft_plugin.scoring.chat_templates import NAMED
+from poft_plugin.scorers.chat_templates import NAMED
 
 name_host_templates()
 

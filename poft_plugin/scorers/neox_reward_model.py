@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import GPTNeoXConfig, GPTNeoXModel, GPTNeoXPreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from poft_plugin.scoring.pooling import last_hidden, linear, mean_hidden
+from poft_plugin.scorers.pooling import last_hidden, linear, mean_hidden
 
 ROLE_TOKENS = {"system": "<|system|>", "user": "<|prompter|>", "assistant": "<|assistant|>"}
 

@@ -12,9 +12,9 @@ from poft_plugin.data.groups import ragged
 from poft_plugin.data.preparation import Prepared, Rows, RunContext
 from poft_plugin.data.ranked import RankedSample, dense_ranks
 from poft_plugin.data.rows import dump_conversation, row_key
+from poft_plugin.scorers.reward_model import RewardModelScorer
 from poft_plugin.scoring.cache import ScoreCache, cache_folder
 from poft_plugin.scoring.checkpoints import Checkpoint
-from poft_plugin.scoring.reward_model import RewardModelScorer
 from poft_plugin.scoring.sources import Source, check_revisions, open_source, score_all
 
 KIND = "reward model"

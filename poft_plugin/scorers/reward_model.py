@@ -13,13 +13,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from poft_plugin.config import RewardModelConfig
 from poft_plugin.data.render import Renderer
 from poft_plugin.data.rows import Conversation, RowError
-from poft_plugin.scoring.loading import load_complete
-from poft_plugin.scoring.neox_reward_model import CHAT_TEMPLATE, ROLE_TOKENS, NeoXRewardConfig, NeoXRewardModel
+from poft_plugin.scorers.loading import load_complete
+from poft_plugin.scorers.neox_reward_model import CHAT_TEMPLATE, ROLE_TOKENS, NeoXRewardConfig, NeoXRewardModel
+from poft_plugin.scorers.pooling import linear, pooled_hidden, pooled_position, right_end, right_padded
+from poft_plugin.scorers.pretrained import PretrainedScorer
+from poft_plugin.scorers.reward_heads import check_one_label, completed_config, is_openrlhf, readable_tokens
+from poft_plugin.scorers.reward_probe import check_alike, own_scores, probe_sequences
 from poft_plugin.scoring.packs import lay_out, pack_inputs
-from poft_plugin.scoring.pooling import linear, pooled_hidden, pooled_position, right_end, right_padded
-from poft_plugin.scoring.pretrained import PretrainedScorer
-from poft_plugin.scoring.reward_heads import check_one_label, completed_config, is_openrlhf, readable_tokens
-from poft_plugin.scoring.reward_probe import check_alike, own_scores, probe_sequences
 from poft_plugin.scoring.scorer import Identity, PreparedRow, Score
 
 CONTRACT = "reward model, logit of the one label, version 2"

@@ -28,8 +28,8 @@ from poft_plugin.data.groups import longest_sequences, ragged
 from poft_plugin.data.preparation import Policy, Prepared, Rows, RunContext
 from poft_plugin.data.rows import KEY_LENGTH
 from poft_plugin.losses.logps import IGNORED
+from poft_plugin.scorers.causal_lm import CausalLMScorer
 from poft_plugin.scoring.cache import ScoreCache, cache_folder
-from poft_plugin.scoring.causal_lm import CausalLMScorer
 from poft_plugin.scoring.checkpoints import resolve_checkpoint
 from poft_plugin.scoring.scorer import Identity, PreparedRow
 from poft_plugin.scoring.sources import Source, score_all

@@ -15,9 +15,9 @@ from poft_plugin.data.rows import Conversation, RowError
 from poft_plugin.losses import install_response_forward, mean_logps, response_positions
 from poft_plugin.losses.head import check_head
 from poft_plugin.losses.logps import IGNORED
-from poft_plugin.scoring.loading import load_complete
+from poft_plugin.scorers.loading import load_complete
+from poft_plugin.scorers.pretrained import PROBE_TOKENS, PROBE_TOLERANCE, PretrainedScorer
 from poft_plugin.scoring.packs import lay_out, pack_inputs, predictions
-from poft_plugin.scoring.pretrained import PROBE_TOKENS, PROBE_TOLERANCE, PretrainedScorer
 from poft_plugin.scoring.scorer import Identity, PreparedRow, Score
 
 CONTRACT = "causal LM, mean log-probability of the response, version 2"

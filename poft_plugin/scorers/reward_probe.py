@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from poft_plugin.scoring.pooling import right_padded
-from poft_plugin.scoring.pretrained import PROBE_TOKENS, PROBE_TOLERANCE
+from poft_plugin.scorers.pooling import right_padded
+from poft_plugin.scorers.pretrained import PROBE_TOKENS, PROBE_TOLERANCE
 
 
 def probe_sequences(vocabulary: int, special: set[int | None], longest: int | None, last: int | None) -> list[Any]:

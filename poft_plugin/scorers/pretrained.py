@@ -21,12 +21,12 @@ from poft_plugin.data.render import Rendered, Renderer
 from poft_plugin.data.rows import Conversation
 from poft_plugin.data.templates import EndlessTemplateError, TemplateFailedError, render_template
 from poft_plugin.losses.head import unwrapped
-from poft_plugin.scoring.attention import complete_attention
-from poft_plugin.scoring.chat_templates import own_template, resolve_template
+from poft_plugin.scorers.attention import complete_attention
+from poft_plugin.scorers.chat_templates import own_template, resolve_template
+from poft_plugin.scorers.gguf_files import check_gguf_installed, correct_special_tokens, gguf_path
+from poft_plugin.scorers.rope import RopeBounds, rope_bounds
 from poft_plugin.scoring.checkpoints import Checkpoint
-from poft_plugin.scoring.gguf_files import check_gguf_installed, correct_special_tokens, gguf_path
 from poft_plugin.scoring.packs import probe_rows
-from poft_plugin.scoring.rope import RopeBounds, rope_bounds
 from poft_plugin.scoring.scorer import Identity, PreparedRow, Score
 
 PACK_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.03}

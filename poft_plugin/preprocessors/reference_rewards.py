@@ -9,8 +9,8 @@ from poft_plugin.config import PoftConfig, ReferenceConfig
 from poft_plugin.data.columns import REFERENCE_LOGP
 from poft_plugin.data.preparation import Prepared, Rows, RunContext
 from poft_plugin.report.scores import print_summary, summarise
+from poft_plugin.scorers.causal_lm import CausalLMScorer
 from poft_plugin.scoring.cache import Lookup, ScoreCache, cache_folder
-from poft_plugin.scoring.causal_lm import CausalLMScorer
 from poft_plugin.scoring.checkpoints import Checkpoint
 from poft_plugin.scoring.exchange import read_score_file
 from poft_plugin.scoring.sources import Source, check_revisions, open_source, score_all
