@@ -28,8 +28,8 @@ from poft_plugin.preprocessors.reference_rewards import reference_rewards
 from poft_plugin.scorers.causal_lm import CausalLMScorer
 from poft_plugin.scoring.cache import ScoreCache
 from poft_plugin.scoring.checkpoints import resolve_checkpoint
+from poft_plugin.scoring.identity import Score
 from poft_plugin.scoring.run import batches_for
-from poft_plugin.scoring.scorer import Score
 
 SIZES = (1_000, 10_000, 100_000)
 SMALL = (50, 200, 800)

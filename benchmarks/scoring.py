@@ -168,7 +168,7 @@ def entrants(
 def ours(scorer: CausalLMScorer, rows: list[PreparedRow], batch_tokens: int) -> Rewards:
     """The scorer as `axolotl poft score` runs it."""
     return {
-        score.key: score.reward for batch in batches_for(scorer, rows, batch_tokens) for score in scorer.score(batch)
+        score.key: score.value for batch in batches_for(scorer, rows, batch_tokens) for score in scorer.score(batch)
     }
 
 

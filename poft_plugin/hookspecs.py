@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import pluggy
 
 if TYPE_CHECKING:
-    from poft_plugin.data.preparation import Preprocessor, RowFilter
-    from poft_plugin.methods import Method
+    from poft_plugin.data.preparation import RowFilter
+    from poft_plugin.method import Method
+    from poft_plugin.scoring.jobs import Preprocessor
     from poft_plugin.trainers.step import LossFunction
 
 GROUP = "poft_plugin"

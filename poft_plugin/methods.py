@@ -1,60 +1,17 @@
 """THE TABLE of methods. This module is itself a plugin: its hooks register what the project ships."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from poft_plugin.data.columns import RANKS, REFERENCE_LOGP, REFERENCE_SUM_LOGPS
 from poft_plugin.hookspecs import hookimpl
+from poft_plugin.method import Method
 
 if TYPE_CHECKING:
-    from poft_plugin.data.preparation import Preprocessor, RowFilter
+    from poft_plugin.data.preparation import RowFilter
+    from poft_plugin.scoring.jobs import Preprocessor
     from poft_plugin.trainers.step import LossFunction
-
-
-@dataclass(frozen=True)
-class Method:
-    """An rl type: what `rl: NAME` trains.
-
-    Args:
-        name: the value of `rl:`.
-        paper: where the method comes from.
-        block: the config block that it reads.
-        config: `module:Class` of the block's pydantic model.
-        step: `module:factory`; `factory(setup)` with a `StepSetup` gives the step object.
-        loss: name of a registered loss.
-        ranked: whether a row is a prompt with ranked responses (a preference method) or one conversation.
-        max_responses: most responses that a ranked row may have; None for any number.
-        preprocessors: names of registered preprocessors for every row, run in this order.
-        training_preprocessors: names of those that see the training rows together, after the others' columns are on.
-        columns: columns that a batch must carry, one number per sequence (or one per row, for all of its sequences).
-        keys: `module:Class` of a pydantic model of top-level keys that the method reads, or None.
-        defaults: values of the block's keys where they are null.
-        unread: keys of the block that this method does not read: refused where they are set.
-        needs_start_policy: whether a preprocessor scores with the policy's start weights; dropout is then off.
-        alone: whether `rl: NAME` itself may be written; otherwise the method is there to be wrapped.
-        check: `module:function` that refuses settings which cannot work, before any data is read; or None.
-        base: the method that this one wraps, or None.
-    """
-
-    name: str
-    paper: str
-    block: str
-    config: str
-    step: str
-    loss: str
-    ranked: bool = False
-    max_responses: int | None = None
-    preprocessors: tuple[str, ...] = ()
-    training_preprocessors: tuple[str, ...] = ()
-    columns: tuple[str, ...] = ()
-    keys: str | None = None
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    unread: tuple[str, ...] = ()
-    needs_start_policy: bool = False
-    alone: bool = True
-    check: str | None = None
-    base: "Method | None" = None
 
 
 POFT = Method(
@@ -104,7 +61,6 @@ DPO = replace(
     columns=(RANKS, REFERENCE_SUM_LOGPS),
     keys="poft_plugin.config:DpoKeys",
     unread=("pro_temperature",),
-    needs_start_policy=True,
     alone=False,  # the host has `rl: dpo`
 )
 
@@ -131,7 +87,7 @@ def deft(method: Method) -> Method | None:
         return None
     same_block = method.block == "deft"
     inner_defaults = method.defaults if same_block else {}  # another block's defaults are filled in there
-    scores_first = ("response_scores", *(name for name in method.preprocessors if name != "response_scores"))
+    others = (name for name in method.preprocessors if name != "response_scores")
     return replace(
         method,
         name=f"deft_{method.name}",
@@ -139,8 +95,7 @@ def deft(method: Method) -> Method | None:
         block="deft",
         config="poft_plugin.config:DeftConfig",
         step="poft_plugin.trainers.deft:deft_step",
-        preprocessors=scores_first,
-        training_preprocessors=(*method.training_preprocessors, "grades"),
+        preprocessors=("response_scores", *others, "grades"),
         defaults={**inner_defaults, "omega": OMEGA.get(method.name)},
         unread=method.unread if same_block else ("sft_weight", "pro_temperature"),
         alone=True,
@@ -180,7 +135,7 @@ def register_preprocessors(register: "Callable[[str, Preprocessor], None]") -> N
     from poft_plugin.preprocessors.grades import grades
     from poft_plugin.preprocessors.reference_rewards import reference_rewards
     from poft_plugin.preprocessors.response_scores import response_scores
-    from poft_plugin.scorers.start_policy import reference_sum_logps
+    from poft_plugin.preprocessors.reference_sum_logps import reference_sum_logps
 
     register("reference_rewards", reference_rewards)
     register("response_scores", response_scores)

@@ -13,8 +13,9 @@ import pluggy
 from poft_plugin import hookspecs
 
 if TYPE_CHECKING:
-    from poft_plugin.data.preparation import Preprocessor, RowFilter
-    from poft_plugin.methods import Method
+    from poft_plugin.data.preparation import RowFilter
+    from poft_plugin.method import Method
+    from poft_plugin.scoring.jobs import Preprocessor
     from poft_plugin.trainers.step import LossFunction
 
 Item = TypeVar("Item")

@@ -1,7 +1,7 @@
 """What dataset preprocessors and row filters get to see: rows by content, never a host's dataset."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +10,6 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import BaseModel
 
 from poft_plugin.data.columns import CONVERSATION, DROPPABLE, GROUP, ROW_KEY, ROW_NUMBER, SOURCE
 from poft_plugin.data.ranked import RankedSample
@@ -38,6 +37,11 @@ class Rows:
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
+
+    @classmethod
+    def none(cls) -> "Rows":
+        """No rows: to look at a model alone."""
+        return cls(pa.table({name: pa.array([], pa.string()) for name in (ROW_KEY, CONVERSATION, SOURCE)}), {})
 
     @property
     def keys(self) -> pa.ChunkedArray:
@@ -193,24 +197,25 @@ class Prepared:
         dropped: keys of rows that must not be trained or evaluated on (a reference cannot read them, say).
         statistics: numbers for the host's trackers, logged once.
         tensors: arrays that the trainer needs as a whole (DEFT's `discrepancy`), by name.
+        scored_by: for columns that hold one model's scores as they are, the name of its job.
     """
 
     columns: Columns
     dropped: frozenset[str] = frozenset()
     statistics: Mapping[str, float] = field(default_factory=dict)
     tensors: Mapping[str, np.ndarray] = field(default_factory=dict)
+    scored_by: Mapping[str, str] = field(default_factory=dict)
 
-
-class Preprocessor(Protocol):
-    """Attaches columns to rows before training."""
-
-    def __call__(self, rows: Rows, settings: BaseModel, run: RunContext) -> Prepared:
-        """Columns for `rows`.
-
-        A method's `preprocessors` get every row of training and evaluation sets once; its `training_preprocessors`
-        get the training rows as they are, with the others' columns attached.
-        """
-        ...
+    @classmethod
+    def merged(cls, results: Sequence["Prepared"]) -> "Prepared":
+        """What several preprocessors made, as one."""
+        return cls(
+            {name: values for result in results for name, values in result.columns.items()},
+            frozenset().union(*(result.dropped for result in results)),
+            {name: value for result in results for name, value in result.statistics.items()},
+            {name: value for result in results for name, value in result.tensors.items()},
+            {name: job for result in results for name, job in result.scored_by.items()},
+        )
 
 
 class RowFilter(Protocol):

@@ -17,6 +17,7 @@ from poft_plugin.data.groups import in_order, longest_sequences, responses
 from poft_plugin.data.preparation import Policy, Prepared, Rows, RunContext
 from poft_plugin.report.grading import GradingSummary, print_grading, summarise_grading, top_tokens
 from poft_plugin.scoring.cache import ScoreCache, atomic_file, cache_folder
+from poft_plugin.scoring.jobs import preprocessor
 
 DISCREPANCY = "discrepancy"
 """Name of the tensor that the trainer gets, `(V,)` float64."""
@@ -26,13 +27,14 @@ CONTRACT = "token counts of graded responses, version 1"
 NUMBERS = ("samples", "responses_positive", "responses_negative", "middle_uncounted", "middle_contradictory")
 
 
-def grades(rows: Rows, settings: BaseModel, run: RunContext) -> Prepared:
+@preprocessor(reads=DeftConfig, scope="training", columns=(LEVEL,))
+def grades(rows: Rows, settings: BaseModel, context: RunContext) -> Prepared:
     """Attaches `level` to training rows and counts their tokens (sections 3.1 and 3.2 of the paper).
 
     Args:
         rows: all training rows, before any is left out, with `scores` (and `order`) attached.
         settings: the block `deft:`.
-        run: this process, with its policy; rank 0 prints the summary and saves it in the run's output folder.
+        context: this process, with its policy; rank 0 prints the summary and saves it in the run's output folder.
 
     Returns:
         The levels, numbers for the trackers, and the tensor `discrepancy` unless `omega` is 0.
@@ -41,7 +43,7 @@ def grades(rows: Rows, settings: BaseModel, run: RunContext) -> Prepared:
         ValueError: as `grade_levels` and `count_tokens`.
     """
     assert isinstance(settings, DeftConfig)
-    assert run.policy is not None
+    assert context.policy is not None
     if not settings.grades:
         return Prepared({})
     scores = in_order(rows.attached[SCORES], rows.attached.get(ORDER))
@@ -54,13 +56,13 @@ def grades(rows: Rows, settings: BaseModel, run: RunContext) -> Prepared:
         bottom_percent=settings.bottom_percent,
         keys=rows.keys.to_pylist(),
     )
-    counts = _counted(rows, levels, scores, ScoreCache(cache_folder(settings.score_cache)), run.policy)
-    summary = _summary(rows, settings, run.policy, levels=levels, best=best, groups=groups, counts=counts)
+    counts = _counted(rows, levels, scores, ScoreCache(cache_folder(settings.score_cache)), context.policy)
+    summary = _summary(rows, settings, context.policy, levels=levels, best=best, groups=groups, counts=counts)
     tensors = {DISCREPANCY: counts.discrepancy()} if settings.omega else {}
-    if run.rank == 0:
+    if context.rank == 0:
         print_grading(summary)
-        if run.output_dir is not None:
-            _save(run.output_dir, summary, tensors)
+        if context.output_dir is not None:
+            _save(context.output_dir, summary, tensors)
     return Prepared({LEVEL: levels}, statistics=summary.statistics(), tensors=tensors)
 
 

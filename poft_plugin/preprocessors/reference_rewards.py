@@ -1,4 +1,4 @@
-"""PoFT's dataset preprocessor: the mean reward of the references for every row, from the cache or scored now."""
+"""PoFT's dataset preprocessor: the mean reward of the references for every row."""
 
 from collections.abc import Sequence
 
@@ -8,41 +8,53 @@ from pydantic import BaseModel
 from poft_plugin.config import PoftConfig, ReferenceConfig
 from poft_plugin.data.columns import REFERENCE_LOGP
 from poft_plugin.data.preparation import Prepared, Rows, RunContext
+from poft_plugin.data.render import EndOfTurn
 from poft_plugin.report.scores import print_summary, summarise
 from poft_plugin.scorers.causal_lm import CausalLMScorer
 from poft_plugin.scoring.cache import Lookup, ScoreCache, cache_folder
 from poft_plugin.scoring.checkpoints import Checkpoint
-from poft_plugin.scoring.exchange import read_score_file
-from poft_plugin.scoring.sources import Source, check_revisions, open_source, score_all
+from poft_plugin.scoring.jobs import Job, Preparation, preprocessor
+from poft_plugin.scoring.opened import open_job
 
 KIND = "reference"
 
 
-def reference_rewards(rows: Rows, settings: BaseModel, run: RunContext) -> Prepared:
+@preprocessor(reads=PoftConfig, columns=(REFERENCE_LOGP,))
+def reference_rewards(rows: Rows, settings: BaseModel, context: RunContext) -> Preparation:
     """Attaches `reference_logp`, the mean of the references' rewards `(1/M) sum_j r_j(x, y)` (Eq. 5 and 6).
+
+    Rows that some reference cannot read are left out for all.
 
     Args:
         rows: unique rows.
         settings: the block `poft:`.
-        run: this process; scoring is shared among all, without collectives.
-
-    Raises:
-        ValueError: for a reference that cannot be used, rows that cannot be scored, or scores that are missing where
-            nothing may be scored.
+        context: this process.
     """
     assert isinstance(settings, PoftConfig)
-    cache = ScoreCache(cache_folder(settings.score_cache))
-    references = open_references(settings, cache)
-    if run.rank == 0:
-        check_revisions(references, cache, update=run.purpose in ("preprocess", "score"))
-    lookups = score_all(references, rows, cache, settings=settings, run=run)
-    dropped = _long_rows(rows, lookups)
-    kept = ~np.isin(np.asarray(rows.keys.to_pylist()), sorted(dropped)) if dropped else np.ones(len(rows), bool)
-    rewards = np.stack([lookup.rewards for lookup in lookups])
-    summary = summarise([reference.settings.label for reference in references], rewards[:, kept], rows.sources[kept])
-    if run.rank == 0:
-        print_summary(summary)
-    return Prepared({REFERENCE_LOGP: rewards.mean(axis=0)}, frozenset(dropped), summary.statistics())
+
+    def attach(lookups: Sequence[Lookup]) -> Prepared:
+        unread = np.any([lookup.too_long | lookup.refused for lookup in lookups], axis=0)
+        dropped = frozenset(rows.keys[int(index)].as_py() for index in np.flatnonzero(unread))
+        rewards = np.stack([lookup.values for lookup in lookups])
+        labels = [reference.label for reference in settings.references]
+        summary = summarise(labels, rewards[:, ~unread], rows.sources[~unread])
+        if context.rank == 0:
+            print_summary(summary)
+        return Prepared({REFERENCE_LOGP: rewards.mean(axis=0)}, dropped, summary.statistics())
+
+    jobs = tuple(reference_job(reference, rows, settings.include_end_of_turn) for reference in settings.references)
+    return Preparation(jobs, attach)
+
+
+def reference_job(reference: ReferenceConfig, rows: Rows, include_end_of_turn: EndOfTurn = "auto") -> Job:
+    """A reference over rows: the mean log-probability per response token, nats."""
+
+    def make(checkpoint: Checkpoint) -> CausalLMScorer:
+        scorer = CausalLMScorer(reference, checkpoint, include_end_of_turn)
+        scorer.check()
+        return scorer
+
+    return Job(reference.source, KIND, reference, rows, make, highest=0.0, scores=reference.scores)
 
 
 def check_references(settings: BaseModel) -> None:
@@ -52,27 +64,6 @@ def check_references(settings: BaseModel) -> None:
         ValueError: for a reference that cannot be used, with the remedy.
     """
     assert isinstance(settings, PoftConfig)
-    open_references(settings, ScoreCache(cache_folder(settings.score_cache)))
-
-
-def open_references(settings: PoftConfig, cache: ScoreCache) -> list[Source]:
-    """Finds every reference, and checks its template and tokenizer, without loading weights."""
-    return [_open(reference, settings, cache) for reference in settings.references]
-
-
-def _open(reference: ReferenceConfig, settings: PoftConfig, cache: ScoreCache) -> Source:
-    if reference.scores is not None:
-        return Source(KIND, reference, None, read_score_file(reference.scores, reference.source))
-
-    def make(checkpoint: Checkpoint) -> CausalLMScorer:
-        scorer = CausalLMScorer(reference, checkpoint, settings.include_end_of_turn)
-        scorer.check()
-        return scorer
-
-    return open_source(reference, make, cache, kind=KIND)
-
-
-def _long_rows(rows: Rows, lookups: Sequence[Lookup]) -> set[str]:
-    """Keys of rows that some reference cannot read: they are left out for all."""
-    long = np.any([lookup.too_long | lookup.refused for lookup in lookups], axis=0)
-    return {rows.keys[int(index)].as_py() for index in np.flatnonzero(long)}
+    cache = ScoreCache(cache_folder(settings.score_cache))
+    for reference in settings.references:
+        open_job(reference_job(reference, Rows.none(), settings.include_end_of_turn), cache)

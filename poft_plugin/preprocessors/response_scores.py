@@ -1,6 +1,7 @@
 """Scores of responses, and the order that follows from them: a reward model's, or what came with the data."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -13,47 +14,51 @@ from poft_plugin.data.preparation import Prepared, Rows, RunContext
 from poft_plugin.data.ranked import RankedSample, dense_ranks
 from poft_plugin.data.rows import dump_conversation, row_key
 from poft_plugin.scorers.reward_model import RewardModelScorer
-from poft_plugin.scoring.cache import ScoreCache, cache_folder
+from poft_plugin.scoring.cache import Lookup, ScoreCache, cache_folder
 from poft_plugin.scoring.checkpoints import Checkpoint
-from poft_plugin.scoring.sources import Source, check_revisions, open_source, score_all
+from poft_plugin.scoring.jobs import Job, Preparation, preprocessor
+from poft_plugin.scoring.opened import open_job
 
 KIND = "reward model"
 
 
-def response_scores(rows: Rows, settings: BaseModel, run: RunContext) -> Prepared:
+@preprocessor(reads=RankingConfig, columns=(SCORES, RANKS, ORDER))
+def response_scores(rows: Rows, settings: BaseModel, context: RunContext) -> Prepared | Preparation:
     """Attaches `ranks`, and where anything depends on them `scores` (and `order`), one number per response.
 
     Args:
         rows: unique ranked rows. Evaluation rows are graded by nothing: scores that do not make the order are not
             asked for there.
         settings: the block `deft:`.
-        run: this process; scoring is shared among all, without collectives.
+        context: this process.
 
     Raises:
-        ValueError: for a reward model that cannot be used, responses that cannot be scored, or scores that are missing
-            where nothing may be scored.
+        ValueError: for rows without scores, where they need some and no reward model is named; and, of `attach`, for a
+            score that is not finite.
     """
     assert isinstance(settings, RankingConfig)
-    samples = [rows.sample(index) for index in range(len(rows))]
-    by_label = [list(sample.ranks) for sample in samples]
     # `axolotl evaluate` grades nothing, not even the training rows
-    needed = rows_to_score(rows, settings) & (run.purpose != "evaluate" or _order_needs_scores(settings))
+    needed = rows_to_score(rows, settings) & (context.purpose != "evaluate" or _order_needs_scores(settings))
     wanted = np.flatnonzero(needed)
+    samples = [rows.sample(index) for index in range(len(rows))]
     if not len(wanted):
-        return Prepared({RANKS: ragged(by_label)})
+        return Prepared({RANKS: ragged([list(sample.ranks) for sample in samples])})
     asked, subset = [samples[index] for index in wanted], Rows(rows.table.take(pa.array(wanted)), {})
     if settings.reward_model is None:
-        found, dropped = _scores_of_the_data(asked, subset), frozenset[str]()
-    else:
-        found, dropped = _scores_of_the_model(asked, subset, settings, run)
-    scores = np.full(len(rows), None, dtype=object)
-    scores[wanted] = ragged(found)
-    if settings.rank_by == "label":
-        return Prepared({SCORES: scores, RANKS: ragged(by_label)}, dropped)
-    order = [sorted(range(len(row)), key=lambda index, row=row: -row[index]) for row in found]  # type: ignore[misc]
-    return Prepared(
-        {SCORES: scores, RANKS: ragged([list(dense_ranks(row)) for row in found]), ORDER: ragged(order)}, dropped
-    )
+        return _in_order(samples, wanted, _scores_of_the_data(asked, subset), settings)
+    responses, keys = response_rows(asked, subset)
+    job = reward_model_job(settings.reward_model, responses)
+
+    def attach(lookups: Sequence[Lookup]) -> Prepared:
+        (lookup,) = lookups
+        found, dropped = _scores_of_the_model(subset, responses, keys, lookup)
+        if dropped and context.rank == 0:
+            _report_dropped(subset, dropped, job)
+        _check_finite(found, dropped, subset, job)
+        left_out = frozenset(subset.keys[index].as_py() for index in dropped)
+        return replace(_in_order(samples, wanted, found, settings), dropped=left_out, scored_by={SCORES: job.name})
+
+    return Preparation((job,), attach)
 
 
 def rows_to_score(rows: Rows, settings: RankingConfig) -> np.ndarray:
@@ -98,15 +103,15 @@ def check_deft(settings: BaseModel) -> None:
     _open_if_needed(settings)
 
 
-def open_reward_model(settings: RewardModelConfig, cache: ScoreCache) -> Source:
-    """Finds a reward model, and checks its head, tokenizer and template, without loading weights."""
+def reward_model_job(settings: RewardModelConfig, responses: Rows) -> Job:
+    """A reward model over responses, each after its prompt: the logit of its one label."""
 
     def make(checkpoint: Checkpoint) -> RewardModelScorer:
         scorer = RewardModelScorer(settings, checkpoint)
         scorer.check()
         return scorer
 
-    return open_source(settings, make, cache, kind=KIND)
+    return Job(settings.source, KIND, settings, responses, make)
 
 
 def response_rows(samples: Sequence[RankedSample], rows: Rows) -> tuple[Rows, list[list[str]]]:
@@ -147,7 +152,19 @@ def _order_needs_scores(settings: RankingConfig) -> bool:
 
 def _open_if_needed(settings: RankingConfig) -> None:
     if settings.reward_model is not None and needs_scores(settings):
-        open_reward_model(settings.reward_model, ScoreCache(cache_folder(settings.score_cache)))
+        open_job(reward_model_job(settings.reward_model, Rows.none()), ScoreCache(cache_folder(settings.score_cache)))
+
+
+def _in_order(
+    samples: Sequence[RankedSample], wanted: np.ndarray, found: list[list[float]], settings: RankingConfig
+) -> Prepared:
+    """The columns that follow from the scores of the rows that are wanted."""
+    scores = np.full(len(samples), None, dtype=object)
+    scores[wanted] = ragged(found)
+    if settings.rank_by == "label":
+        return Prepared({SCORES: scores, RANKS: ragged([list(sample.ranks) for sample in samples])})
+    order = [sorted(range(len(row)), key=lambda index, row=row: -row[index]) for row in found]  # type: ignore[misc]
+    return Prepared({SCORES: scores, RANKS: ragged([list(dense_ranks(row)) for row in found]), ORDER: ragged(order)})
 
 
 def _scores_of_the_data(samples: Sequence[RankedSample], rows: Rows) -> list[list[float]]:
@@ -162,27 +179,25 @@ def _scores_of_the_data(samples: Sequence[RankedSample], rows: Rows) -> list[lis
 
 
 def _scores_of_the_model(
-    samples: Sequence[RankedSample], rows: Rows, settings: RankingConfig, run: RunContext
-) -> tuple[list[list[float]], frozenset[str]]:
-    """Scores, and the keys of rows that are to be left out, since the model cannot read them."""
-    assert settings.reward_model is not None
-    cache = ScoreCache(cache_folder(settings.score_cache))
-    source = open_reward_model(settings.reward_model, cache)
-    if run.rank == 0:
-        check_revisions([source], cache, update=run.purpose in ("preprocess", "score"))
-    responses, keys = response_rows(samples, rows)
-    (lookup,) = score_all([source], responses, cache, settings=settings, run=run)
-    reward_of = dict(zip(responses.keys.to_pylist(), lookup.rewards.tolist(), strict=True))
+    rows: Rows, responses: Rows, keys: list[list[str]], lookup: Lookup
+) -> tuple[list[list[float]], list[int]]:
+    """Scores, and which rows are to be left out, since the model cannot read them."""
+    score_of = dict(zip(responses.keys.to_pylist(), lookup.values.tolist(), strict=True))
     refused = set(responses.keys.filter(pa.array(lookup.refused)).to_pylist())
-    scores = [[reward_of[key] for key in row] for row in keys]
-    dropped = {index: rows.keys[index].as_py() for index, row in enumerate(keys) if refused & {*row}}
-    for index, row in enumerate(scores):
-        if index not in dropped and not np.isfinite(row).all():
-            raise ValueError(f"{rows.where(index)}: the {KIND} {source.label!r} gives the scores {row}; not finite")
-    if dropped and run.rank == 0:
-        print(
-            f"{len(dropped)} of {len(rows)} rows left out (on_unusable_row: drop), which the {KIND} {source.label!r} "
-            f"cannot read; the first: {rows.where(min(dropped))}",
-            flush=True,
-        )
-    return scores, frozenset(dropped.values())
+    return [[score_of[key] for key in row] for row in keys], [i for i, row in enumerate(keys) if refused & {*row}]
+
+
+def _check_finite(found: list[list[float]], dropped: list[int], rows: Rows, job: Job) -> None:
+    for index, scores in enumerate(found):
+        if index not in dropped and not np.isfinite(scores).all():
+            raise ValueError(
+                f"{rows.where(index)}: the {KIND} {job.settings.label!r} gives the scores {scores}; not finite"
+            )
+
+
+def _report_dropped(rows: Rows, dropped: list[int], job: Job) -> None:
+    print(
+        f"{len(dropped)} of {len(rows)} rows left out (on_unusable_row: drop), which the {KIND} "
+        f"{job.settings.label!r} cannot read; the first: {rows.where(dropped[0])}",
+        flush=True,
+    )

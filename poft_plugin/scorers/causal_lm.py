@@ -17,8 +17,9 @@ from poft_plugin.losses.head import check_head
 from poft_plugin.losses.logps import IGNORED
 from poft_plugin.scorers.loading import load_complete
 from poft_plugin.scorers.pretrained import PROBE_TOKENS, PROBE_TOLERANCE, PretrainedScorer
+from poft_plugin.scoring.identity import Identity, Score
 from poft_plugin.scoring.packs import lay_out, pack_inputs, predictions
-from poft_plugin.scoring.scorer import Identity, PreparedRow, Score
+from poft_plugin.scoring.scorer import PreparedRow
 
 CONTRACT = "causal LM, mean log-probability of the response, version 2"
 
@@ -171,8 +172,8 @@ class CausalLMScorer(PretrainedScorer):
         random = np.random.default_rng(0)
         words = random.integers(0, self._model.get_input_embeddings().num_embeddings, PROBE_TOKENS)
         rows = [PreparedRow("", ids, np.arange(len(ids)) > 0) for ids in (words, words[: PROBE_TOKENS // 2])]
-        alone = np.array([self._scores([row], packed=False)[0].reward for row in rows])
-        worst = float(np.abs(alone - [score.reward for score in self._scores(rows, packed=False)]).max())
+        alone = np.array([self._scores([row], packed=False)[0].value for row in rows])
+        worst = float(np.abs(alone - [score.value for score in self._scores(rows, packed=False)]).max())
         allowed = PROBE_TOLERANCE[self.dtype] * float(np.abs(alone).max())
         if worst > allowed:
             raise ValueError(

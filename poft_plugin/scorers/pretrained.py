@@ -26,8 +26,9 @@ from poft_plugin.scorers.chat_templates import own_template, resolve_template
 from poft_plugin.scorers.gguf_files import check_gguf_installed, correct_special_tokens, gguf_path
 from poft_plugin.scorers.rope import RopeBounds, rope_bounds
 from poft_plugin.scoring.checkpoints import Checkpoint
+from poft_plugin.scoring.identity import Identity, Score
 from poft_plugin.scoring.packs import probe_rows
-from poft_plugin.scoring.scorer import Identity, PreparedRow, Score
+from poft_plugin.scoring.scorer import PreparedRow
 
 PACK_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.03}
 """Of the largest score of the rows that packs are tried on. A row that misses its beginning is off by far more."""
@@ -155,6 +156,10 @@ class PretrainedScorer(ABC):
         """Tokenizes one of the rows, whatever its length; `RowError` where it cannot be scored."""
         return self.prepare(rows.keys[index].as_py(), rows.conversation(index), rows.where(index))
 
+    def render_row(self, rows: Rows, index: int) -> Rendered | None:
+        """One of the rows as the model reads it, counted tokens marked."""
+        return self.render(rows.conversation(index), rows.where(index))
+
     def check_ids(self, ids: np.ndarray, where: str) -> None:
         """Refuses tokens that the weights have no row for.
 
@@ -250,10 +255,10 @@ class PretrainedScorer(ABC):
         if attention_of(self._model) != "sdpa":
             return
         rows = probe_rows(int(self._model.get_input_embeddings().num_embeddings))
-        apart = np.array([self._scores([row], packed=False)[0].reward for row in rows])
+        apart = np.array([self._scores([row], packed=False)[0].value for row in rows])
         use_shared_attention(self._model)
         try:
-            together = [score.reward for score in self._scores(rows, packed=True)]
+            together = [score.value for score in self._scores(rows, packed=True)]
         except (TypeError, ValueError):  # it takes no position ids, or masks more than a pack does
             together = [float("nan")] * len(rows)
         if np.abs(apart - together).max() <= PACK_TOLERANCE[self.dtype] * np.abs(apart).max():

@@ -19,8 +19,9 @@ from poft_plugin.scorers.pooling import linear, pooled_hidden, pooled_position, 
 from poft_plugin.scorers.pretrained import PretrainedScorer
 from poft_plugin.scorers.reward_heads import check_one_label, completed_config, is_openrlhf, readable_tokens
 from poft_plugin.scorers.reward_probe import check_alike, own_scores, probe_sequences
+from poft_plugin.scoring.identity import Identity, Score
 from poft_plugin.scoring.packs import lay_out, pack_inputs
-from poft_plugin.scoring.scorer import Identity, PreparedRow, Score
+from poft_plugin.scoring.scorer import PreparedRow
 
 CONTRACT = "reward model, logit of the one label, version 2"
 

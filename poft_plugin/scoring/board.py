@@ -16,7 +16,7 @@ import pyarrow as pa
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from poft_plugin.data.preparation import RunContext
-from poft_plugin.scoring.scorer import Identity
+from poft_plugin.scoring.identity import Identity
 
 CONNECT = timedelta(seconds=10)
 

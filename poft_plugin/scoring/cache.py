@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel, TypeAdapter
 
-from poft_plugin.scoring.scorer import Identity, Score
+from poft_plugin.scoring.identity import Identity, Score
 
 SCHEMA = pa.schema([("row_key", pa.string()), ("reward", pa.float64()), ("num_tokens", pa.int32())])
 REFUSED = -(2**31)
@@ -57,33 +57,33 @@ class Lookup:
     """What the cache knows of some rows, aligned with the keys that were asked.
 
     Args:
-        rewards: `(n,)` float64, NaN where there is none.
+        values: `(n,)` float64, NaN where there is none.
         num_tokens: `(n,)` int32, 0 where unknown, minus its length where the row is longer than the scorer's context,
             `REFUSED` where the scorer cannot read it.
     """
 
-    rewards: np.ndarray
+    values: np.ndarray
     num_tokens: np.ndarray
 
     @property
     def missing(self) -> np.ndarray:
         """`(n,)` booleans: rows that were never looked at."""
-        return np.asarray(np.isnan(self.rewards) & (self.num_tokens == 0))
+        return np.asarray(np.isnan(self.values) & (self.num_tokens == 0))
 
     @property
     def missing_or_long(self) -> np.ndarray:
         """`(n,)` booleans: rows without a score."""
-        return np.asarray(np.isnan(self.rewards))
+        return np.asarray(np.isnan(self.values))
 
     @property
     def too_long(self) -> np.ndarray:
         """`(n,)` booleans: rows that do not fit into the scorer's context."""
-        return np.asarray(np.isnan(self.rewards) & (self.num_tokens < 0) & ~self.refused)
+        return np.asarray(np.isnan(self.values) & (self.num_tokens < 0) & ~self.refused)
 
     @property
     def refused(self) -> np.ndarray:
         """`(n,)` booleans: rows that the scorer cannot read."""
-        return np.asarray(np.isnan(self.rewards) & (self.num_tokens == REFUSED))
+        return np.asarray(np.isnan(self.values) & (self.num_tokens == REFUSED))
 
 
 def cache_folder(setting: str | None) -> Path:
@@ -128,7 +128,7 @@ class ScoreCache:
 
     def write(self, identity: Identity, scores: Sequence[Score]) -> None:
         """Adds scores in one new file."""
-        columns = [[s.key for s in scores], [s.reward for s in scores], [s.num_tokens for s in scores]]
+        columns = [[s.key for s in scores], [s.value for s in scores], [s.num_tokens for s in scores]]
         self.write_table(identity, pa.table(columns, schema=SCHEMA))
 
     def write_table(self, identity: Identity, table: pa.Table) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import BaseModel
 
+from poft_plugin.data.columns import CONVERSATION
 from poft_plugin.scoring.cache import SCHEMA, Lookup, ScoreCache, atomic_file
-from poft_plugin.scoring.scorer import ROUNDING, Identity
+from poft_plugin.scoring.identity import ROUNDING, Identity
+from poft_plugin.scoring.jobs import Job
 
 METADATA = b"poft_plugin"
 EXPORTED = pa.schema(
@@ -46,97 +48,95 @@ class ImportedScores:
         return Lookup(rewards, np.where(np.isnan(rewards), 0, tokens))
 
 
-def read_score_file(path: str | Path, source: str, *, log_probabilities: bool = True) -> ImportedScores:
+@dataclass(frozen=True)
+class Scored:
+    """A job with what is known of its rows.
+
+    Args:
+        job: what was to be scored.
+        lookup: scores, aligned with its rows.
+        identity: what they depend on; None where nobody knows.
+    """
+
+    job: Job
+    lookup: Lookup
+    identity: Identity | None
+
+
+def read_score_file(path: str | Path, name: str, *, highest: float | None) -> ImportedScores:
     """One model's scores out of a parquet file.
 
     Args:
         path: the file, with `row_key` and `reward`, and maybe `model` and `num_tokens`.
-        source: the model; rows of other models in the file are left aside.
-        log_probabilities: whether rewards are mean log-probabilities, which cannot be above 0; a reward model's
-            scores are not.
+        name: the job whose scores are wanted; those of others in the file are left aside.
+        highest: no score can be above it (0 for a log-probability); None where any number is possible.
 
     Raises:
-        ValueError: if the file is not there or not of that form, a reward is not finite, or above 0 where it cannot
-            be, or a key comes twice with different rewards.
+        ValueError: if the file is not there or not of that form, a score is not finite, or above `highest`, or a key
+            comes twice with different scores.
     """
-    by_model = _by_model(Path(path), default=source, log_probabilities=log_probabilities)
-    if source not in by_model:
-        raise ValueError(f"{path}: no scores of {source!r} in it; its column `model` has {sorted(by_model)}")
-    return by_model[source]
+    by_model = _by_model(Path(path), default=name)
+    if name not in by_model:
+        raise ValueError(f"{path}: no scores of {name!r} in it; its column `model` has {sorted(by_model)}")
+    _check_bound(by_model[name].table, str(path), highest)
+    return by_model[name]
 
 
-def import_scores(
-    path: str | Path,
-    sources: Sequence[str],
-    keys: pa.ChunkedArray,
-    cache: ScoreCache,
-    *,
-    log_probabilities: bool = True,
-) -> dict[str, int]:
+def import_scores(path: str | Path, jobs: Sequence[Job], cache: ScoreCache) -> dict[str, int]:
     """Takes a score file into the cache.
 
     Args:
-        path: the parquet file.
-        sources: the config's references, or its reward model (`model` as written, or `name` where only scores are
-            given).
-        keys: every row key of the config's data.
+        path: the parquet file. Its column `model` has names of jobs, or models as the config writes them, where one
+            job has the model; it may be missing where there is one job.
+        jobs: the config's jobs that could be imported for, over every row that scores may be there for.
         cache: where they go.
-        log_probabilities: as `read_score_file`.
 
     Returns:
-        Scores taken, by model.
+        Scores taken, by the job's name.
 
     Raises:
         ValueError: for a model that is none of the config's, a key that is no row of its data, or as
             `read_score_file`. Nothing is imported then.
     """
-    only = sources[0] if len(sources) == 1 else None
-    what = "reference" if log_probabilities else "reward model"
-    by_model = _by_model(Path(path), default=only, log_probabilities=log_probabilities)
-    for model, scores in by_model.items():
-        if model not in sources:
-            raise ValueError(f"{path}: scores of {model!r}, which is no {what} of this config ({', '.join(sources)})")
-        foreign = pc.filter(scores.table["row_key"], pc.invert(pc.is_in(scores.table["row_key"], value_set=keys)))
+    by_model = _by_model(Path(path), default=jobs[0].name if len(jobs) == 1 else None)
+    taken = [(_job_of(model, jobs, path), scores) for model, scores in by_model.items()]
+    for job, scores in taken:
+        _check_bound(scores.table, str(path), job.highest)
+        keys = scores.table["row_key"]
+        foreign = pc.filter(keys, pc.invert(pc.is_in(keys, value_set=job.rows.keys)))
         if len(foreign):
             raise ValueError(
-                f"{path}: {len(foreign)} row keys of {model!r} are no rows of this config's data, the first "
+                f"{path}: {len(foreign)} row keys of {job.name!r} are no rows of this config's data, the first "
                 f"{foreign[0]}. `axolotl poft export --rows` lists the right ones"
             )
-    for model, scores in by_model.items():
-        _store(model, scores, cache, highest=0.0 if log_probabilities else None)
-    return {model: scores.table.num_rows for model, scores in by_model.items()}
+    for job, scores in taken:
+        _store(job.name, scores, cache, highest=job.highest)
+    return {job.name: scores.table.num_rows for job, scores in taken}
 
 
-def imported_scores(cache: ScoreCache, source: str) -> ImportedScores | None:
-    """What was imported for a model before, or None."""
-    note = cache.read_note("imports").get(source)
+def imported_scores(cache: ScoreCache, name: str) -> ImportedScores | None:
+    """What was imported for a job before, or None."""
+    note = cache.read_note("imports").get(name)
     if note is None:
         return None
     stored = Identity(note["identity"], note.get("highest"))  # older notes have no bound
     return ImportedScores(_unique(cache.table(stored), str(cache.folder)), None if note["anonymous"] else stored)
 
 
-def export_scores(
-    path: str | Path,
-    keys: pa.ChunkedArray,
-    lookups: Mapping[str, Lookup],
-    identities: Mapping[str, Identity | None],
-    texts: pa.ChunkedArray | None = None,
-) -> int:
-    """Writes `row_key, model, reward, num_tokens`, one line per row key and model.
+def export_scores(path: str | Path, scored: Sequence[Scored], *, list_rows: bool = False) -> int:
+    """Writes `row_key, model, reward, num_tokens`, one line per row and job; `model` is the job's name.
 
     Args:
         path: the parquet file to write, atomically.
-        keys: unique row keys.
-        lookups: each model's scores, aligned with `keys`.
-        identities: each model's identity, for the file's metadata.
-        texts: with it, every row is listed with its conversation, and rows without a score have a null reward.
+        scored: jobs with what is known of their rows.
+        list_rows: list every row with its conversation (null where the rows are tokens); the reward of those without a
+            score is null.
 
     Returns:
         The number of lines.
     """
-    tables = [_exported(keys, model, lookup, texts) for model, lookup in lookups.items()]
-    described = {model: None if identity is None else identity.fields for model, identity in identities.items()}
+    tables = [_exported(each, list_rows=list_rows) for each in scored]
+    described = {each.job.name: None if each.identity is None else each.identity.fields for each in scored}
     table = pa.concat_tables(tables).replace_schema_metadata({METADATA: json.dumps({"scorers": described}).encode()})
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(Path(path)) as temporary:
@@ -144,21 +144,39 @@ def export_scores(
     return int(table.num_rows)
 
 
-def _exported(keys: pa.ChunkedArray, model: str, lookup: Lookup, texts: pa.ChunkedArray | None) -> pa.Table:
-    scored = ~np.isnan(lookup.rewards)
+def _exported(scored: Scored, *, list_rows: bool) -> pa.Table:
+    rows, lookup = scored.job.rows, scored.lookup
+    there = ~np.isnan(lookup.values)
     columns = {
-        "row_key": keys,
-        "model": pa.array([model] * len(keys), pa.string()),
-        "reward": pa.array(lookup.rewards, pa.float64(), from_pandas=True),
-        "num_tokens": pa.array(lookup.num_tokens, pa.int32(), mask=~scored),
+        "row_key": rows.keys,
+        "model": pa.array([scored.job.name] * len(rows), pa.string()),
+        "reward": pa.array(lookup.values, pa.float64(), from_pandas=True),
+        "num_tokens": pa.array(lookup.num_tokens, pa.int32(), mask=~there),
     }
     table = pa.table(columns, schema=EXPORTED)
-    return table.filter(pa.array(scored)) if texts is None else table.append_column("conversation", texts)
+    if not list_rows:
+        return table.filter(pa.array(there))
+    is_text = CONVERSATION in rows.table.column_names
+    texts = rows.table[CONVERSATION].cast(pa.string()) if is_text else pa.nulls(len(rows), pa.string())
+    return table.append_column("conversation", texts)
 
 
-def _by_model(path: Path, default: str | None, *, log_probabilities: bool) -> dict[str, ImportedScores]:
+def _job_of(model: str, jobs: Sequence[Job], path: str | Path) -> Job:
+    found = [job for job in jobs if job.name == model] or [job for job in jobs if job.settings.source == model]
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(job.name for job in found or jobs)
+    if found:
+        raise ValueError(f"{path}: scores of {model!r}, which is the model of {len(found)} jobs: say which ({names})")
+    kinds = " or ".join(dict.fromkeys(job.kind for job in jobs))
+    raise ValueError(f"{path}: scores of {model!r}, which is no {kinds} of this config ({names})")
+
+
+def _by_model(path: Path, default: str | None) -> dict[str, ImportedScores]:
     table, identities = _read(path)
-    _check_rewards(table, str(path), log_probabilities=log_probabilities)
+    infinite = table.filter(pc.invert(pc.is_finite(table["reward"])))
+    if infinite.num_rows:
+        raise ValueError(f"{path}: the reward of row key {infinite['row_key'][0]} is not finite")
     if "model" not in table.column_names:
         if default is None:
             raise ValueError(f"{path}: no column `model`; with several models it must say whose scores they are")
@@ -221,17 +239,14 @@ def _scorers(table: pa.Table, path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _check_rewards(table: pa.Table, where: str, *, log_probabilities: bool) -> None:
-    infinite = table.filter(pc.invert(pc.is_finite(table["reward"])))
-    if infinite.num_rows:
-        raise ValueError(f"{where}: the reward of row key {infinite['row_key'][0]} is not finite")
-    if not log_probabilities:
+def _check_bound(table: pa.Table, where: str, highest: float | None) -> None:
+    if highest is None:
         return
-    positive = table.filter(pc.greater(table["reward"], ROUNDING))
-    if positive.num_rows:
+    above = table.filter(pc.greater(table["reward"], highest + ROUNDING))
+    if above.num_rows:
         raise ValueError(
-            f"{where}: {positive.num_rows} rewards are above 0, the first {positive['reward'][0]} of row key "
-            f"{positive['row_key'][0]}; a reward is a mean log-probability per token, in nats. Check the sign"
+            f"{where}: {above.num_rows} rewards are above {highest:g}, the first {above['reward'][0]} of row key "
+            f"{above['row_key'][0]}; a reward is a mean log-probability per token, in nats. Check the sign"
         )
 
 
@@ -248,23 +263,23 @@ def _unique(table: pa.Table, where: str) -> pa.Table:
     return unique
 
 
-def _store(model: str, scores: ImportedScores, cache: ScoreCache, *, highest: float | None) -> None:
+def _store(name: str, scores: ImportedScores, cache: ScoreCache, *, highest: float | None) -> None:
     """Takes scores in. A file that does not say whose they are replaces what such a file said of its rows before."""
     if scores.identity is not None:
         identity, fresh = Identity(scores.identity.fields, highest), scores.table
         known = cache.table(identity)["row_key"]
         fresh = fresh.filter(pc.invert(pc.is_in(fresh["row_key"], value_set=known)))
     else:
-        before = imported_scores(cache, model)
+        before = imported_scores(cache, name)
         fresh = scores.table
         if before is not None and before.identity is None:
             kept = before.table.filter(pc.invert(pc.is_in(before.table["row_key"], value_set=fresh["row_key"])))
             fresh = pa.concat_tables([fresh, kept])
         content = hashlib.sha256(repr(fresh.sort_by("row_key").to_pydict()).encode()).hexdigest()
-        identity = Identity({"imported": model, "content": content}, highest)
+        identity = Identity({"imported": name, "content": content}, highest)
         known = cache.table(identity)["row_key"]
         fresh = fresh.filter(pc.invert(pc.is_in(fresh["row_key"], value_set=known)))
     if fresh.num_rows:
         cache.write_table(identity, fresh)
     note = {"identity": dict(identity.fields), "anonymous": scores.identity is None, "highest": highest}
-    cache.update_note("imports", {model: note})
+    cache.update_note("imports", {name: note})

@@ -1,7 +1,7 @@
 """Graded rows as files: one line per response with its score and level, or the rows themselves, ready to train on."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from poft_plugin.data.ranked import RankedSample, dense_ranks
 from poft_plugin.data.rows import dump_conversation, row_key
 from poft_plugin.scoring.cache import atomic_file
 from poft_plugin.scoring.exchange import METADATA
-from poft_plugin.scoring.sources import Source
+from poft_plugin.scoring.identity import Identity
 
 EXPORTED = pa.schema(
     [
@@ -26,7 +26,7 @@ EXPORTED = pa.schema(
 
 
 def export_graded(
-    path: Path, parts: Sequence[Rows], levels: Sequence[str], source: Source | None, *, texts: bool = False
+    path: Path, parts: Sequence[Rows], levels: Sequence[str], scored_by: Mapping[str, Identity | None], *, texts: bool
 ) -> int:
     """Writes one line per response: `row_key, model, reward, num_tokens, sample_key, response, level, source`.
 
@@ -35,20 +35,20 @@ def export_graded(
         parts: training rows with `scores` and `level` attached, and evaluation rows, which have no level; those without
             scores are left out.
         levels: letters of the rows to write; none means all rows.
-        source: whose scores they are; None for the data's own.
+        scored_by: the name of the job whose scores they are, with its identity; empty for the data's own.
         texts: a column `conversation` besides.
 
     Returns:
         The number of lines. `response` counts from 0, the best by the run's own order; `row_key` is the response's own
         key, as `axolotl poft import` asks for it.
     """
-    model = "data" if source is None else source.settings.source
+    ((model, identity),) = scored_by.items() or [("data", None)]
     scored = [rows for rows in parts if SCORES in rows.attached]
     lines = [(model, *line) for rows in scored for index in _chosen(rows, levels) for line in _responses(rows, index)]
     schema = EXPORTED.append(pa.field("conversation", pa.string())) if texts else EXPORTED
     columns = list(zip(*lines, strict=True)) or [()] * len(schema)
-    identity = None if source is None or source.identity is None else dict(source.identity.fields)
-    metadata = {METADATA: json.dumps({"scorers": {model: identity}}).encode()}
+    described = {model: None if identity is None else dict(identity.fields)}
+    metadata = {METADATA: json.dumps({"scorers": described}).encode()}
     table = pa.table(list(columns[: len(schema)]), schema=schema).replace_schema_metadata(metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:

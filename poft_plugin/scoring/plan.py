@@ -3,7 +3,7 @@
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from poft_plugin.data.rows import RowError
 from poft_plugin.scoring.cache import Lookup, ScoreCache
 from poft_plugin.scoring.run import accelerator, batches_for, default_batch_tokens
 from poft_plugin.scoring.scorer import PreparedRow, Scorer
-from poft_plugin.scoring.sources import Source
+from poft_plugin.scoring.opened import OpenedJob
 
 UTILISATION = 0.4
 """Share of the machine's matmul rate that a scoring run is assumed to reach."""
@@ -40,6 +40,7 @@ class ScoringPlan:
         response_tokens: of these, the response's.
         parameters: of the model.
         flops: of one forward over the rows to score.
+        at_most: the rows are counted before filters; fewer will be scored.
     """
 
     name: str
@@ -52,6 +53,7 @@ class ScoringPlan:
     response_tokens: int = 0
     parameters: int = 0
     flops: float = 0.0
+    at_most: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,13 @@ class Probe:
     tokens_per_second: float
 
 
-def plan_reference(source: Source, rows: Rows, cache: ScoreCache) -> tuple[ScoringPlan, list[PreparedRow]]:
-    """Counts what a reference or reward model still has to score.
+def plan_job(opened: OpenedJob, cache: ScoreCache, *, at_most: bool = False) -> tuple[ScoringPlan, list[PreparedRow]]:
+    """Counts what a job still has to score.
 
     Args:
-        source: opened, so that access, revision and template were checked.
-        rows: unique rows.
+        opened: the job, so that access, revision and template were checked.
         cache: the score cache.
+        at_most: its rows are more than will be scored: filters have not been applied yet.
 
     Returns:
         The plan, and the prepared rows that it would score.
@@ -81,13 +83,14 @@ def plan_reference(source: Source, rows: Rows, cache: ScoreCache) -> tuple[Scori
     Raises:
         RowError: for a row that it cannot render.
     """
-    lookup, scorer = source.lookup(rows, cache), source.scorer
+    lookup, scorer, rows = opened.lookup(cache), opened.scorer, opened.job.rows
     if scorer is not None:
-        return plan_scoring(scorer, rows, lookup)
+        plan, prepared = plan_scoring(scorer, rows, lookup)
+        return replace(plan, at_most=at_most), prepared
     missing, known_long = int(lookup.missing.sum()), int(lookup.too_long.sum())
     cached = len(rows) - missing - known_long
-    location = f"{source.settings.source} (scores made elsewhere)"
-    return ScoringPlan(source.label, location, len(rows), cached, too_long=known_long), []
+    location = f"{opened.job.settings.source} (scores made elsewhere)"
+    return ScoringPlan(opened.label, location, len(rows), cached, too_long=known_long), []
 
 
 def plan_scoring(scorer: Scorer, rows: Rows, lookup: Lookup) -> tuple[ScoringPlan, list[PreparedRow]]:
@@ -184,12 +187,15 @@ def print_plan(plans: Sequence[ScoringPlan], rates: Sequence[float], cache: Scor
     for plan, rate in zip(plans, rates, strict=True):
         hours = plan.flops / (UTILISATION * rate) / 3600 if plan.to_score else 0.0
         table.add_row(
-            plan.name, f"{plan.rows:,}", f"{plan.tokens:,}", f"{plan.cached:,}", f"{plan.to_score:,}",
+            plan.name, f"{plan.rows:,}", f"{plan.tokens:,}", f"{plan.cached:,}",
+            f"at most {plan.to_score:,}" if plan.at_most else f"{plan.to_score:,}",
             f"{plan.too_long:,}", f"{plan.parameters:,}", f"{plan.flops:.2e}", f"{hours:.2g}",
         )  # fmt: skip
     console.print(table)
     for plan in plans:
         console.print(f"{plan.name}: {plan.location}", highlight=False)
+        if plan.at_most:
+            console.print(f"{plan.name}: at most {plan.to_score:,}: it scores the rows that filters leave alone")
     console.print(f"hours: at {UTILISATION:.0%} of this machine's own matmul rate, one process")
     _print_disk(plans, cache, console)
 

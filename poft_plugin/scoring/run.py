@@ -17,8 +17,9 @@ from poft_plugin.data.rows import RowError, raise_row_errors
 from poft_plugin.report.console import progress
 from poft_plugin.scoring.board import Board
 from poft_plugin.scoring.cache import REFUSED, Lookup, ScoreCache
+from poft_plugin.scoring.identity import Score
 from poft_plugin.scoring.packs import pack_batches
-from poft_plugin.scoring.scorer import PreparedRow, Score, Scorer
+from poft_plugin.scoring.scorer import PreparedRow, Scorer
 
 FLUSH_SECONDS = 30.0
 POLL_SECONDS = 1.0
@@ -264,13 +265,13 @@ def batches(
 
 def _check_possible(scorer: Scorer, scores: Sequence[Score], rows: Rows) -> None:
     for score in scores:
-        if not np.isfinite(score.reward):
+        if not np.isfinite(score.value):
             raise ValueError(
-                f"{rows.where_key(score.key)}: {scorer.kind} {scorer.name!r} gives the reward {score.reward}; its "
+                f"{rows.where_key(score.key)}: {scorer.kind} {scorer.name!r} gives the reward {score.value}; its "
                 "weights or dtype overflow. Try `dtype: bfloat16` or `float32` for it"
             )
-        if score.reward > scorer.identity.bound:
+        if score.value > scorer.identity.bound:
             raise ValueError(
-                f"{rows.where_key(score.key)}: {scorer.kind} {scorer.name!r} gives the reward {score.reward}, above "
+                f"{rows.where_key(score.key)}: {scorer.kind} {scorer.name!r} gives the reward {score.value}, above "
                 f"{scorer.identity.highest:g}, which no log-probability is. Try `dtype: float32` for it"
             )

@@ -1,51 +1,16 @@
-"""What a scorer is: it turns a row into a reward, and says exactly what it is, so that its scores can be cached."""
+"""What a scorer is: it turns rows into numbers, and says exactly what it is, so that its scores can be cached."""
 
-import hashlib
-import json
-import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from poft_plugin.data.preparation import Rows
-
-if TYPE_CHECKING:
-    from poft_plugin.scoring.checkpoints import Checkpoint
-
-
-ROUNDING = 1e-6
-"""How far above its bound a score may lie."""
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Everything that a score depends on, and nothing else (no batch size, ranks, run names or folders).
-
-    Args:
-        fields: JSON-able settings, with `auto` and null already resolved.
-        highest: no score can be above it (0 for a log-probability); None where any number is possible. Part of no
-            address: it follows from the rest.
-    """
-
-    fields: Mapping[str, Any]
-    highest: float | None = None
-
-    @property
-    def bound(self) -> float:
-        """`highest`, with room for rounding."""
-        return math.inf if self.highest is None else self.highest + ROUNDING
-
-    def dumps(self) -> str:
-        """Canonical JSON."""
-        return json.dumps(self.fields, sort_keys=True, ensure_ascii=False)
-
-    @property
-    def digest(self) -> str:
-        """16 hex digits of SHA-256 over the canonical JSON: the name of the scorer's folder in the cache."""
-        return hashlib.sha256(self.dumps().encode()).hexdigest()[:16]
+from poft_plugin.data.render import Rendered
+from poft_plugin.scoring.checkpoints import Checkpoint
+from poft_plugin.scoring.identity import Identity, Score
 
 
 @dataclass(frozen=True)
@@ -70,22 +35,6 @@ class PreparedRow:
         return len(self.input_ids)
 
 
-@dataclass(frozen=True)
-class Score:
-    """A row's score.
-
-    Args:
-        key: row key.
-        reward: what the scorer measures: a causal LM the mean log-probability per response token, nats; a reward
-            model the logit of its one label, of any sign.
-        num_tokens: tokens that were measured: the response's; of a reward model the whole row's.
-    """
-
-    key: str
-    reward: float
-    num_tokens: int
-
-
 class Scorer(Protocol):
     """Scores rows with one model. Preparing needs the tokenizer only; `load` brings the weights."""
 
@@ -100,7 +49,7 @@ class Scorer(Protocol):
         ...
 
     @property
-    def checkpoint(self) -> "Checkpoint":
+    def checkpoint(self) -> Checkpoint:
         """Where its weights are."""
         ...
 
@@ -135,6 +84,10 @@ class Scorer(Protocol):
 
     def prepare_row(self, rows: Rows, index: int) -> PreparedRow:
         """Tokenizes one of the rows, whatever its length; `RowError` where it cannot be scored."""
+        ...
+
+    def render_row(self, rows: Rows, index: int) -> Rendered | None:
+        """One of the rows as the model reads it, counted tokens marked; None where a row is tokens already."""
         ...
 
     def remark(self, prepared: Sequence[PreparedRow]) -> str | None:

@@ -17,7 +17,7 @@ from poft_plugin.preprocessors.reference_rewards import open_references, referen
 from poft_plugin.scoring import run as scoring_run
 from poft_plugin.scoring.board import open_board
 from poft_plugin.scoring.cache import ScoreCache
-from poft_plugin.scoring.scorer import Identity
+from poft_plugin.scoring.identity import Identity
 from scoring.support import as_rows
 
 KEYS = pa.chunked_array([["00", "01"]])

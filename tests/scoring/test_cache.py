@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from poft_plugin.scoring.cache import ENVIRONMENT, ScoreCache, atomic_file, cache_folder
-from poft_plugin.scoring.scorer import Identity, Score
+from poft_plugin.scoring.identity import Identity, Score
 
 A, B = Identity({"x": 1, "y": None}), Identity({"y": None, "x": 2})
 KEYS = pa.chunked_array([["a", "b", "c"], ["a"]])
@@ -17,7 +17,7 @@ def test_lookup_is_aligned_with_the_keys(tmp_path: Path) -> None:
     cache = ScoreCache(tmp_path)
     cache.write(A, [Score("c", -3.0, 30), Score("a", -1.0, 10)])
     found = cache.lookup(A, KEYS)
-    np.testing.assert_array_equal(found.rewards, [-1.0, np.nan, -3.0, -1.0])
+    np.testing.assert_array_equal(found.values, [-1.0, np.nan, -3.0, -1.0])
     np.testing.assert_array_equal(found.num_tokens, [10, 0, 30, 10])
     np.testing.assert_array_equal(found.missing, [False, True, False, False])
     assert cache.lookup(B, KEYS).missing.all()
@@ -101,7 +101,7 @@ def test_a_line_that_cannot_be_a_score_is_named_and_missing(
     assert f"{file}: 1 lines cannot be scores, the first of row key a: reward {reward}, num_tokens {tokens}" in said
     cache.write(LOG_PROBABILITY, [Score("a", -3.0, 4)])  # scored again, in another file
     again = cache.lookup(LOG_PROBABILITY, KEYS)
-    assert (again.rewards[0], again.num_tokens[0]) == (-3.0, 4)
+    assert (again.values[0], again.num_tokens[0]) == (-3.0, 4)
     assert capsys.readouterr().out == ""
 
 
@@ -110,5 +110,5 @@ def test_a_reward_models_score_may_have_any_sign(tmp_path: Path) -> None:
     cache = ScoreCache(tmp_path)
     assert LOGIT.digest == LOG_PROBABILITY.digest
     cache.write(LOGIT, [Score("a", 5.0, 3), Score("b", 9e-7, 3)])
-    assert cache.lookup(LOGIT, KEYS).rewards[0] == 5.0
+    assert cache.lookup(LOGIT, KEYS).values[0] == 5.0
     assert cache.lookup(LOG_PROBABILITY, KEYS).missing.tolist() == [True, False, True, True]

@@ -29,7 +29,7 @@ def rewards(
         score_missing(reference, rows, cache, share=Share(index, shares), device="cpu", batch_tokens=batch_tokens)
     lookup = cache.lookup(scorer(models.ref_a, cache).identity, rows.keys)
     assert not lookup.missing.any()
-    return dict(zip(rows.keys.to_pylist(), lookup.rewards.tolist(), strict=True))
+    return dict(zip(rows.keys.to_pylist(), lookup.values.tolist(), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +215,6 @@ def test_real_tokenizers(shared_data: Path, tmp_path: Path) -> None:
         cache, table = ScoreCache(tmp_path / "cache"), as_rows(rows)
         reference = scorer(folder, cache)
         score_missing(reference, table, cache, share=Share(0, 1), device="cpu", batch_tokens=700)
-        found = cache.lookup(reference.identity, table.keys).rewards
+        found = cache.lookup(reference.identity, table.keys).values
         for row, reward in zip(rows, found, strict=True):
             assert reward == pytest.approx(plain_reward(folder, row)[0], rel=RELATIVE)

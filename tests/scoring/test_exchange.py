@@ -9,7 +9,7 @@ import pytest
 
 from poft_plugin.scoring.cache import Lookup, ScoreCache
 from poft_plugin.scoring.exchange import export_scores, import_scores, imported_scores, read_score_file
-from poft_plugin.scoring.scorer import Identity
+from poft_plugin.scoring.identity import Identity
 
 KEYS = pa.chunked_array([["k1", "k2", "k3"]])
 SCORED = Lookup(np.array([-1.5, np.nan, -0.25]), np.array([3, 0, 8], dtype=np.int32))
@@ -30,7 +30,7 @@ def test_round_trip_keeps_identity_and_values(tmp_path: Path) -> None:
     cache = ScoreCache(tmp_path / "cache")
     assert import_scores(file, ["./a", "./b"], KEYS, cache) == {"./a": 2}
     again = cache.lookup(IDENTITY, KEYS)
-    np.testing.assert_array_equal(again.rewards, SCORED.rewards)
+    np.testing.assert_array_equal(again.values, SCORED.values)
     imported = imported_scores(cache, "./a")
     assert imported is not None
     assert imported.identity is not None and imported.identity.digest == IDENTITY.digest
@@ -51,7 +51,7 @@ def test_a_hand_made_file_is_used_for_its_reference(tmp_path: Path) -> None:
     assert import_scores(file, ["./a"], KEYS, cache) == {"./a": 2}
     imported = imported_scores(cache, "./a")
     assert imported is not None and imported.identity is None
-    np.testing.assert_array_equal(imported.lookup(KEYS).rewards, [-1.0, -2.0, np.nan])
+    np.testing.assert_array_equal(imported.lookup(KEYS).values, [-1.0, -2.0, np.nan])
     assert import_scores(file, ["./a"], KEYS, cache) == {"./a": 2}  # again: nothing new, no error
 
 
@@ -95,7 +95,7 @@ def test_a_second_hand_made_import_corrects_the_first(tmp_path: Path) -> None:
     import_scores(write(tmp_path / "2.parquet", row_key=["k1", "k3"], reward=[-9.0, -3.0]), ["./a"], KEYS, cache)
     imported = imported_scores(cache, "./a")
     assert imported is not None
-    np.testing.assert_array_equal(imported.lookup(KEYS).rewards, [-9.0, -2.0, -3.0])
+    np.testing.assert_array_equal(imported.lookup(KEYS).values, [-9.0, -2.0, -3.0])
 
 
 def test_an_unscored_reference_exports_nothing(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_scores_of_a_reward_model_may_have_any_sign(tmp_path: Path) -> None:
     assert import_scores(file, ["./a"], KEYS, cache, log_probabilities=False) == {"./a": 2}
     imported = imported_scores(cache, "./a")
     assert imported is not None
-    np.testing.assert_array_equal(imported.lookup(KEYS).rewards, [3.5, -2.0, np.nan])
+    np.testing.assert_array_equal(imported.lookup(KEYS).values, [3.5, -2.0, np.nan])
     infinite = write(tmp_path / "i.parquet", row_key=["k1"], reward=[float("inf")])
     with pytest.raises(ValueError, match="k1 is not finite"):
         import_scores(infinite, ["./a"], KEYS, cache, log_probabilities=False)

@@ -82,7 +82,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rewards(path: Path, cache: ScoreCache) -> list[float]:
     one = scorer(path, cache)
     score_missing(one, ROWS, cache, share=Share(0, 1), device="cpu", batch_tokens=512)
-    return list(cache.lookup(one.identity, ROWS.keys).rewards.tolist())
+    return list(cache.lookup(one.identity, ROWS.keys).values.tolist())
 
 
 def test_scores_are_those_of_the_same_weights_in_a_folder(file: Path, tmp_path: Path) -> None:

@@ -118,13 +118,13 @@ def test_packs_give_what_separate_forwards_give(kinds: dict[str, Any], kind: str
     for budget in (30, 10_000):
         for batch in batches_for(one, rows, budget):
             for score in one.score(batch):
-                assert score.reward == pytest.approx(single[score.key], rel=1e-5, abs=1e-5)
+                assert score.value == pytest.approx(single[score.key], rel=1e-5, abs=1e-5)
     with in_float64(one):
         exact = {row.key: one._scores([row], packed=False)[0].reward for row in rows}
         # the others round to float32 somewhere: the head's sums, or a score at the end
         tolerance = EXACT if kind == "llama" else 1e-6
         for score in one._scores(sorted(rows, key=lambda row: row.input_ids.tobytes()), packed=True):
-            assert score.reward == pytest.approx(exact[score.key], rel=tolerance, abs=tolerance)
+            assert score.value == pytest.approx(exact[score.key], rel=tolerance, abs=tolerance)
 
 
 def with_model(folder: Path, base: Path, model: Any) -> Path:
@@ -150,7 +150,7 @@ def test_a_window_keeps_long_rows_out(models: SimpleNamespace, tmp_path: Path) -
     single = {row.key: one._scores([row], packed=False)[0].reward for row in rows}
     for batch in batches_for(one, rows, 64):
         for score in one.score(batch):
-            assert score.reward == pytest.approx(single[score.key], rel=1e-5)
+            assert score.value == pytest.approx(single[score.key], rel=1e-5)
 
 
 def test_an_architecture_that_cannot_says_so_once(

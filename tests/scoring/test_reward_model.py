@@ -101,7 +101,7 @@ def expected_scores(folder: Path) -> dict[str, float]:
 
 def scores(scorer: RewardModelScorer, rows: Any, cache: ScoreCache, *, batch_tokens: int = 8192) -> dict[str, float]:
     score_missing(scorer, rows, cache, share=WHOLE, device="cpu", batch_tokens=batch_tokens)
-    return dict(zip(rows.keys.to_pylist(), cache.lookup(scorer.identity, rows.keys).rewards.tolist(), strict=True))
+    return dict(zip(rows.keys.to_pylist(), cache.lookup(scorer.identity, rows.keys).values.tolist(), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_scores_are_the_models_own_whatever_the_batches(
         score_missing(one, rows, cache, share=Share(index, shares), device="cpu", batch_tokens=batch_tokens)
     found = cache.lookup(grader(graders[kind], cache).identity, rows.keys)
     assert found.num_tokens.tolist() == [len(rendered_ids(graders[kind], row)) for row in DATA[:: -1 if reverse else 1]]
-    assert dict(zip(rows.keys.to_pylist(), found.rewards, strict=True)) == pytest.approx(expected[kind], **CLOSE)
+    assert dict(zip(rows.keys.to_pylist(), found.values, strict=True)) == pytest.approx(expected[kind], **CLOSE)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "neox-last"])

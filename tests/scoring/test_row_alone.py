@@ -97,7 +97,7 @@ def alone(name: str, folder: Path) -> dict[str, float]:
 
 def in_batches(scorer: StartPolicyScorer, order: list[PreparedRow], tokens: int, group: Any) -> dict[str, float]:
     scores = [score for batch in batches(order, tokens, group) for score in scorer.score(batch)]
-    return {score.key: score.reward for score in scores}
+    return {score.key: score.value for score in scores}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -15,8 +15,8 @@ from poft_plugin.data.rows import RowError
 from poft_plugin.scorers.causal_lm import CausalLMScorer
 from poft_plugin.scoring import run as scoring_run
 from poft_plugin.scoring.cache import ScoreCache
+from poft_plugin.scoring.identity import Score
 from poft_plugin.scoring.run import Share, accelerator, share_of, wait_for_others
-from poft_plugin.scoring.scorer import Score
 from scoring.support import as_rows, score_missing, scorer
 
 ROWS = as_rows(tiny.chat_rows(10, seed=9))
@@ -75,7 +75,7 @@ def test_damaged_scores_are_made_again(models: SimpleNamespace, tmp_path: Path) 
     pq.write_table(table.set_column(1, "reward", pa.array(rewards, pa.float64())), file)
     assert score_missing(reference, ROWS, cache, **settings) == 3
     found = wait_for_others(reference, ROWS, cache)
-    np.testing.assert_allclose(found.rewards, expected.rewards, rtol=1e-6)
+    np.testing.assert_allclose(found.values, expected.values, rtol=1e-6)
     assert found.num_tokens.tolist() == expected.num_tokens.tolist()
 
 

@@ -24,10 +24,8 @@ from poft_plugin.hosts.axolotl.names import check_names
 from poft_plugin.hosts.axolotl.spelling import check_keys, check_rl
 from poft_plugin.methods import Method
 from poft_plugin.plugins import load_object, registry
+from poft_plugin.scoring.jobs import Preprocessor, Scope
 from poft_plugin.trainers.step import Step, StepSetup
-
-READ_DEFT = ("response_scores", "reference_sum_logps", "grades")
-"""Preprocessors that read the block `deft:`, whichever method names them."""
 
 PERCENTAGES = ("keep_top_percent", "top_percent")
 """Keys of blocks that say how many rows stay."""
@@ -51,9 +49,29 @@ class MethodRun:
     keys: BaseModel | None = None
     base_settings: BaseModel | None = None
 
-    def settings_for(self, preprocessor: str) -> BaseModel:
-        """The block that a preprocessor reads: a method's own one, also where another method wraps it."""
-        return self.settings if self.base_settings is None or preprocessor in READ_DEFT else self.base_settings
+    def preprocessors(self, scope: Scope) -> list[tuple[Preprocessor, BaseModel]]:
+        """The method's preprocessors of one scope, each with the block that it reads.
+
+        Where another method wraps this one, blocks may be two: the wrapper's comes first.
+        """
+        found = [registry().preprocessors[name] for name in self.method.preprocessors]
+        blocks = [block for block in (self.settings, self.base_settings) if block is not None]
+        return [
+            (each, next(block for block in blocks if isinstance(block, each.reads)))
+            for each in found
+            if each.scope == scope
+        ]
+
+    @property
+    def scores_start_policy(self) -> bool:
+        """Whether the policy's start weights are scored: it is then trained as it was scored, without dropout."""
+        return scores_start_policy(self.method)
+
+    def later_columns(self) -> dict[str, str]:
+        """Columns that are made of what filters left, each with the name of its preprocessor."""
+        table = registry().preprocessors
+        late = [name for name in self.method.preprocessors if table[name].scope == "kept"]
+        return {column: name for name in late for column in table[name].columns}
 
     @property
     def share_prompts(self) -> bool:
@@ -88,6 +106,11 @@ class MethodRun:
         if base is not None:
             inner = _make_step(base, StepSetup(self.base_settings or self.settings, loss, self.keys, None))
         return _make_step(self.method, StepSetup(self.settings, loss, self.keys, inner))
+
+
+def scores_start_policy(method: Method) -> bool:
+    """Whether a preprocessor of the method scores with the policy's start weights."""
+    return any(registry().preprocessors[name].start_policy for name in method.preprocessors)
 
 
 def take_over(cfg: Any) -> MethodRun | None:

@@ -40,11 +40,11 @@ class MethodTrainer(AxolotlTrainer, SampleMeanTrainer):
             columns=run.method.columns,
             discrepancy=self._discrepancy(),
             share_prompts=run.share_prompts,
-            without_dropout=run.method.needs_start_policy,
+            without_dropout=run.scores_start_policy,
         )
         if self.cfg.sample_packing and not run.share_prompts and not torch.accelerator.is_available():
             use_packed_attention(model)  # a model that is still on its way to a GPU keeps what was asked for
-        if run.method.needs_start_policy:
+        if run.scores_start_policy:
             disable_dropout(model)
         self._evaluation_sets: dict[str, Dataset] = {}
         super().__init__(*args, model=model, **kwargs)

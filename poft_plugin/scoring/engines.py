@@ -1,0 +1,130 @@
+"""Ways to do jobs. This one: every process of the launcher scores its share, without collectives; or one alone."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from poft_plugin.config import ScoringBlock
+from poft_plugin.data.preparation import Rows, RunContext
+from poft_plugin.scoring.board import open_board
+from poft_plugin.scoring.cache import Lookup, ScoreCache, cache_folder
+from poft_plugin.scoring.jobs import Job, check_names
+from poft_plugin.scoring.opened import OpenedJob, check_revisions, open_job
+from poft_plugin.scoring.run import (
+    accelerator,
+    prepare_missing,
+    refuse_long_rows,
+    score_prepared,
+    share_of,
+    wait_for_others,
+)
+
+
+class Engine(Protocol):
+    """A way to do jobs."""
+
+    def score(
+        self, jobs: Sequence[OpenedJob], cache: ScoreCache, settings: ScoringBlock, context: RunContext
+    ) -> list[Lookup]:
+        """Every job's scores, aligned with its rows; what the cache lacks is scored now.
+
+        Args:
+            jobs: opened jobs.
+            cache: where scores are looked up and written.
+            settings: the block that they come from.
+            context: this process.
+
+        Raises:
+            ValueError: for scores that are missing where nothing may be scored, or as the scorers.
+        """
+        ...
+
+
+class ProcessEngine:
+    """Each process of one launch scores its share; a process without a launcher all of it."""
+
+    def score(
+        self, jobs: Sequence[OpenedJob], cache: ScoreCache, settings: ScoringBlock, context: RunContext
+    ) -> list[Lookup]:
+        """As `Engine.score`. All rows are prepared for all models before the first one is loaded."""
+        unscored = [rows_to_score(opened, cache, settings, context) for opened in jobs]
+        shares = [share_of(context, opened.scorer.devices) if opened.scorer else None for opened in jobs]
+        prepared = [
+            prepare_missing(opened.scorer, todo, cache, share) if opened.scorer and share and len(todo) else []
+            for opened, todo, share in zip(jobs, unscored, shares, strict=True)
+        ]
+        for opened, todo, ready, share in zip(jobs, unscored, prepared, shares, strict=True):
+            if opened.scorer is None or share is None:
+                continue
+            board = open_board(context, opened.scorer.identity, opened.job.rows.keys)
+            if ready:
+                device = accelerator(context, opened.scorer.devices)
+                score_prepared(opened.scorer, ready, todo, cache, device=device, batch_tokens=settings.batch_tokens)
+            board.announce(share.index)
+            if len(todo):
+                wait_for_others(opened.scorer, todo, cache, shares=share.count, board=board)
+        return [opened.lookup(cache) for opened in jobs]
+
+
+def score_jobs(
+    jobs: Sequence[Job], settings: ScoringBlock, context: RunContext, engine: Engine | None = None
+) -> list[Lookup]:
+    """Opens jobs and does them.
+
+    Args:
+        jobs: what is to be scored, each of its own name.
+        settings: the block that they come from: where the cache is, and what may be scored when.
+        context: this process.
+        engine: how; None: `ProcessEngine`.
+
+    Returns:
+        Every job's scores, aligned with its rows.
+
+    Raises:
+        ValueError: for a model that cannot be used, a hub revision that has moved, or as `Engine.score`.
+    """
+    check_names(jobs)
+    cache = ScoreCache(cache_folder(settings.score_cache))
+    opened = [open_job(job, cache) for job in jobs]
+    if context.rank == 0:
+        check_revisions(opened, cache, update=context.purpose in ("preprocess", "score"))
+    return (engine or ProcessEngine()).score(opened, cache, settings, context)
+
+
+def rows_to_score(opened: OpenedJob, cache: ScoreCache, settings: ScoringBlock, context: RunContext) -> Rows:
+    """The rows that a job has to score now.
+
+    Args:
+        opened: the job.
+        cache: what is known.
+        settings: its block.
+        context: this process.
+
+    Raises:
+        ValueError: where there are some, and none may be scored here, or the model is not there.
+    """
+    job, lookup, rows = opened.job, opened.lookup(cache), opened.job.rows
+    unknown = lookup.missing | (lookup.refused & ~rows.droppable)
+    missing, long = int(unknown.sum()), np.flatnonzero(lookup.too_long)
+    if context.rank == 0:
+        print(f"{job.kind} {opened.label}: {len(rows) - missing} rows cached, {missing} to score", flush=True)
+    if len(long):
+        lengths = {rows.keys[int(i)].as_py(): -int(lookup.num_tokens[i]) for i in long}
+        drops = opened.scorer is not None and opened.scorer.drops_long_rows
+        refuse_long_rows(opened.label, rows, lengths, drop=drops, what=job.kind)
+    if not missing:
+        return Rows(rows.table.slice(0, 0), {})
+    first = rows.where(int(np.flatnonzero(unknown)[0]))
+    if opened.scorer is None:
+        raise ValueError(
+            f"{opened.title}: its imported scores lack {missing} of {len(rows)} rows, the first {first}, and the model "
+            "itself is not here. Score them elsewhere (`axolotl poft export --rows` lists them) and import again"
+        )
+    if context.purpose == "evaluate" or (context.purpose == "train" and settings.missing_scores == "error"):
+        why = "`axolotl evaluate` scores nothing" if context.purpose == "evaluate" else "missing_scores: error"
+        raise ValueError(
+            f"{opened.title}: {missing} of {len(rows)} rows have no cached score ({why}), the first {first}. "
+            "Run `axolotl poft score` first"
+        )
+    return Rows(rows.table.filter(unknown), {})
