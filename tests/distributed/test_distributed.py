@@ -222,7 +222,7 @@ def run_jobs(jobs: list[dict[str, Any]], path: Path) -> dict[str, Any]:
 
 def for_ranks() -> dict[str, str]:
     """The environment of ranks: with ACCELERATE_USE_CPU, DeepSpeed would silently be plain DDP."""
-    path = f"{HERE}{os.pathsep}{HERE.parent}"
+    path = os.pathsep.join([str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     environment.pop("ACCELERATE_USE_CPU", None)
     return environment
