@@ -89,7 +89,9 @@ def test_what_is_left_to_chance_is_found(*, shaken: bool, training: bool) -> Non
     install_response_forward(model)
     state = torch.random.get_rng_state()
     if shaken:
-        with pytest.raises(ValueError, match=r"GPT2LMHeadModel: in training .* differ .* resid_pdrop: 0\.25.*has 0 there"):
+        with pytest.raises(
+            ValueError, match=r"GPT2LMHeadModel: in training .* differ .* resid_pdrop: 0\.25.*has 0 there"
+        ):
             check_no_chance(model, VOCABULARY, CPU)
     else:
         check_no_chance(model, VOCABULARY, CPU)

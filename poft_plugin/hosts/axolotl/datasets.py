@@ -29,6 +29,7 @@ from poft_plugin.hosts.axolotl.ranked_datasets import (
     laid_out,
     not_in_evaluation,
     pack_tokens,
+    report_ties,
     short_enough,
     too_long,
 )
@@ -149,6 +150,7 @@ def prepare(
         check_linear_head(cfg)
     graded, others, whole = _graded(cfg, run, context)
     kept = _filtered(run, graded)
+    report_ties(kept.rows)
     finished = [_finished(kept, run, cfg, packed=bool(cfg.sample_packing)), *(_finished(p, run, cfg) for p in others)]
     if run.method.ranked:
         check_one_step(len(finished[0]), cfg, context)
