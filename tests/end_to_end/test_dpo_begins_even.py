@@ -1,4 +1,4 @@
-"""`deft_dpo` begins at ln 2 exactly, whatever dropout its policy has; pairs of equal rank stay there, and are counted."""
+"""`deft_dpo` begins at ln 2 exactly, whatever dropout its policy has; pairs of equal rank stay there, counted."""
 
 import re
 from math import log
