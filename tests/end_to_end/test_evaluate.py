@@ -23,6 +23,8 @@ DEFT = {"top_percent": 50, "bottom_percent": 25, "omega": 0.01, "score_cache": "
 RUNS: dict[str, dict[str, Any]] = {
     "poft": {"rl": "poft", "datasets": [CHATS], "sample_packing": True},
     "deft_dpo": {"rl": "deft_dpo", "datasets": [PAIRS], "deft": DEFT},
+    "deft_rrhf packed": {"rl": "deft_rrhf", "datasets": [PAIRS], "deft": DEFT, "sample_packing": True},
+    "pro": {"rl": "pro", "datasets": [PAIRS]},
     "deft_dpo lora": {"rl": "deft_dpo", "datasets": [PAIRS], "deft": DEFT, **LORA},
 }
 
