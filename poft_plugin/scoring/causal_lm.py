@@ -105,13 +105,15 @@ class CausalLMScorer(PretrainedScorer):
             ValueError: if the checkpoint is not complete, the head does not give what the model's own logits say, or
                 a row's score depends on the rows beside it.
         """
+        # not None where it is not to be shrunk: that would hide how a checkpoint was quantized already
+        shrunk = self.quantization_config
         model = load_complete(
             AutoModelForCausalLM,
             self.checkpoint.location,
             self.title,
             dtype=self.dtype,
             attn_implementation=self.attention,
-            quantization_config=self.quantization_config,
+            **({} if shrunk is None else {"quantization_config": shrunk}),
             **_placement(device, self.settings.devices),
             **self._source,
         ).eval()
