@@ -46,7 +46,9 @@ def load_complete(model_class: Any, location: str, title: str, *, remedy: str = 
         if isinstance(error, torch.OutOfMemoryError):
             raise
         broken = list(broken_files(Path(location)))
-        why = f"{'; '.join(broken)}. {COMPLETE}" if broken else f"{error}"
+        why = "; ".join(broken) or str(error).strip()
+        if broken or isinstance(error, DAMAGED):  # quantized weights that are missing cannot be made up: an error, too
+            why += f". {COMPLETE}"
         raise ValueError(f"{title}: its weights cannot be loaded from {location}: {why}") from error
     refuse_incomplete(report, title, remedy)
     say_unused(report, title)

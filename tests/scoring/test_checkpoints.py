@@ -218,7 +218,7 @@ def test_quantized_checkpoints(models: SimpleNamespace, tmp_path: Path, quantiza
     ).save_pretrained(saved)
     assert rewards(saved, ScoreCache(tmp_path / "again")) == pytest.approx(found, abs=0.05)
     lacking = copied(saved, tmp_path / "lacking", without(".layers.1."))
-    with pytest.raises(ValueError, match=r"^reference 'lacking': its checkpoint lacks .* model\.layers\.1\."):
+    with pytest.raises(ValueError, match=r"^reference 'lacking': its (checkpoint lacks|weights cannot).* it again$"):
         rewards(lacking, ScoreCache(tmp_path / "none"))
 
 
