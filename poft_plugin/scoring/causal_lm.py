@@ -106,14 +106,15 @@ class CausalLMScorer(PretrainedScorer):
                 a row's score depends on the rows beside it.
         """
         # not None where it is not to be shrunk: that would hide how a checkpoint was quantized already
-        shrunk = self.quantization_config
+        config = self.quantization_config
+        shrunk: dict[str, Any] = {} if config is None else {"quantization_config": config}
         model = load_complete(
             AutoModelForCausalLM,
             self.checkpoint.location,
             self.title,
             dtype=self.dtype,
             attn_implementation=self.attention,
-            **({} if shrunk is None else {"quantization_config": shrunk}),
+            **shrunk,
             **_placement(device, self.settings.devices),
             **self._source,
         ).eval()

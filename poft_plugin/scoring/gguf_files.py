@@ -1,5 +1,7 @@
 """Models in GGUF files. transformers reads config, tokenizer and weights out of them; here is what it reads wrongly."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,28 @@ def check_gguf_installed(title: str) -> None:
     """
     if find_spec("gguf") is None:
         raise ValueError(f"{title}: a GGUF file, and the package `gguf` is not there to read it: `pip install gguf`")
+
+
+@contextmanager
+def gguf_errors(checkpoint: Checkpoint, title: str) -> Iterator[None]:
+    """What goes wrong while a GGUF file is read, as an error that names it; other checkpoints' errors as they are.
+
+    Args:
+        checkpoint: that is read.
+        title: the model in messages.
+
+    Raises:
+        ValueError: with the remedies.
+    """
+    try:
+        yield
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        if checkpoint.gguf is None:
+            raise
+        raise ValueError(
+            f"{title}: {checkpoint.gguf} cannot be read: {error}. Download it again, or, where it is whole and "
+            "transformers does not know such files, give the folder or repository that it was made from"
+        ) from error
 
 
 def gguf_path(checkpoint: Checkpoint) -> Path:

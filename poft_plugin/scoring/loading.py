@@ -72,7 +72,8 @@ def broken_files(folder: Path) -> Iterator[str]:
             if file.suffix == ".bin":
                 torch.load(file, map_location="meta", weights_only=True)
             else:
-                safe_open(file, "pt").__enter__()
+                with safe_open(file, "pt"):
+                    pass
         except (OSError, *DAMAGED):
             yield f"{file.name} is cut off or damaged ({file.stat().st_size:,} bytes)"
 
