@@ -52,6 +52,7 @@ class CausalLMScorer(PretrainedScorer):
         identity = self._identity(
             CONTRACT,
             quantization=self.settings.quantization,
+            **self.stored_quantization,
             truncated_to=self.context_length if self.settings.on_long_row == "truncate" else None,
             include_end_of_turn=self.include_end_of_turn,
         )
@@ -123,6 +124,15 @@ class CausalLMScorer(PretrainedScorer):
         check_head(model, parts.transform, int(parts.head.weight.shape[0]), torch.device(device))
         self._check_batches()
         self._try_packs()
+
+    @property
+    def stored_quantization(self) -> dict[str, str]:
+        """How its checkpoint is quantized already, as a part of its identity; nothing where it is not."""
+        stored = getattr(self.config, "quantization_config", None)
+        if stored is None:
+            return {}
+        found = stored if isinstance(stored, dict) else stored.to_dict()
+        return {"stored_quantization": str(found.get("quant_method"))}
 
     @property
     def quantization_config(self) -> BitsAndBytesConfig | None:

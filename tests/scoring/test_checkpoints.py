@@ -217,6 +217,8 @@ def test_quantized_checkpoints(models: SimpleNamespace, tmp_path: Path, quantiza
         folder, quantization_config=one.quantization_config, device_map={"": "cpu"}
     ).save_pretrained(saved)
     assert rewards(saved, ScoreCache(tmp_path / "again")) == pytest.approx(found, abs=0.05)
+    fields = [scorer(f, ScoreCache(tmp_path / "fields")).identity.fields for f in (folder, saved)]
+    assert [f.get("stored_quantization") for f in fields] == [None, "bitsandbytes"]
     lacking = copied(saved, tmp_path / "lacking", without(".layers.1."))
     with pytest.raises(ValueError, match=r"^reference 'lacking': its (checkpoint lacks|weights cannot).* it again$"):
         rewards(lacking, ScoreCache(tmp_path / "none"))
