@@ -15,6 +15,7 @@ from poft_plugin.data.rows import Conversation, RowError
 from poft_plugin.losses import install_response_forward, mean_logps, response_positions
 from poft_plugin.losses.head import check_head
 from poft_plugin.losses.logps import IGNORED
+from poft_plugin.scoring.gguf_files import dequantized
 from poft_plugin.scoring.loading import load_complete
 from poft_plugin.scoring.packs import lay_out, pack_inputs, predictions
 from poft_plugin.scoring.pretrained import PROBE_TOKENS, PROBE_TOLERANCE, PretrainedScorer
@@ -109,6 +110,8 @@ class CausalLMScorer(PretrainedScorer):
         # not None where it is not to be shrunk: that would hide how a checkpoint was quantized already
         config = self.quantization_config
         shrunk: dict[str, Any] = {} if config is None else {"quantization_config": config}
+        if self.checkpoint.gguf is not None:
+            shrunk = dequantized()
         model = load_complete(
             AutoModelForCausalLM,
             self.checkpoint.location,

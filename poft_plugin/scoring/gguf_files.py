@@ -1,11 +1,13 @@
 """Models in GGUF files. transformers reads config, tokenizer and weights out of them; here is what it reads wrongly."""
 
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import transformers
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
@@ -41,7 +43,7 @@ def gguf_errors(checkpoint: Checkpoint, title: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, IndexError, KeyError) as error:
+    except (OSError, ValueError, IndexError, KeyError, struct.error) as error:
         if checkpoint.gguf is None:
             raise
         raise ValueError(
@@ -55,6 +57,16 @@ def gguf_path(checkpoint: Checkpoint) -> Path:
     assert checkpoint.gguf is not None
     found = cached_file(checkpoint.location, checkpoint.gguf, revision=checkpoint.commit or "main")
     return Path(str(found))
+
+
+def dequantized() -> dict[str, Any]:
+    """Keywords of `from_pretrained` for plain weights, on every machine.
+
+    transformers 5.20 leaves them in the file's blocks where it finds kernels, which round in their own way; 5.16 never
+    does.
+    """
+    config: Any = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
 def correct_special_tokens(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:

@@ -87,7 +87,9 @@ def rewards(path: Path, cache: ScoreCache) -> list[float]:
 
 def test_scores_are_those_of_the_same_weights_in_a_folder(file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "unpacked"
-    AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).save_pretrained(folder)
+    AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32, **gguf_files.dequantized()
+    ).save_pretrained(folder)
     one = scorer(file, ScoreCache(tmp_path / "scores"))
     tokenizer = one.tokenizer
     assert tokenizer.eos_token == "<|im_end|>", "transformers reads the token that begins a text"
