@@ -104,7 +104,7 @@ def joining(folder: Path, count: int) -> Callable[[], Any]:
 
     def run() -> None:
         with contextlib.redirect_stdout(io.StringIO()):
-            reference_rewards(rows.unique(), settings, RunContext("train"))
+            synthetic.prepared(reference_rewards, rows.unique(), settings, RunContext("train"))
 
     return run
 

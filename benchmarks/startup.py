@@ -193,7 +193,9 @@ def _scores(stored: Path, settings: Any) -> np.ndarray:
     """Reads rows, drops repeated ones, looks up and averages."""
     names = ["row_key", "conversation", "source", "row_number"]
     table = load_from_disk(stored).select_columns(names).with_format("arrow")[:]
-    return reference_rewards(Rows(table, {}).unique(), settings, RunContext("train")).columns["reference_logp"]
+    return synthetic.prepared(reference_rewards, Rows(table, {}).unique(), settings, RunContext("train")).columns[
+        "reference_logp"
+    ]
 
 
 def _whole(stored: Path, settings: Any) -> Dataset:
@@ -201,8 +203,8 @@ def _whole(stored: Path, settings: Any) -> Dataset:
     room: Any = importlib.import_module("poft_plugin.hosts.axolotl.datasets")
     part = room.HostRows.of(load_from_disk(stored))
     unique = part.rows.unique()
-    prepared = reference_rewards(unique, settings, RunContext("train"))
-    joined = room._attach(part, unique, prepared)
+    found = synthetic.prepared(reference_rewards, unique, settings, RunContext("train"))
+    joined = room.join(part, unique, found)
     return room._finished(joined, _Unranked(), None)
 
 

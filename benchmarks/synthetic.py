@@ -6,16 +6,20 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
+from pydantic import BaseModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.common import SEED
 from poft_plugin.config import PoftConfig
-from poft_plugin.data.preparation import Rows
+from poft_plugin.data.preparation import Prepared, Rows, RunContext
 from poft_plugin.data.rows import Turn, dump_conversation, row_key
-from poft_plugin.preprocessors.reference_rewards import open_references
+from poft_plugin.preprocessors.reference_rewards import reference_job
 from poft_plugin.scoring.cache import SCHEMA, ScoreCache
+from poft_plugin.scoring.jobs import Preprocessor
+from poft_plugin.scoring.opened import open_job
 from poft_plugin.scoring.scorer import PreparedRow
+from poft_plugin.scoring.stages import Stage
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
@@ -100,12 +104,18 @@ def settings_for(references: Sequence[Path], cache: Path) -> PoftConfig:
     )
 
 
+def prepared(preprocessor: Preprocessor, rows: Rows, settings: BaseModel, context: RunContext) -> Prepared:
+    """A preprocessor's columns, with what it asks for scored."""
+    return Stage.of([(preprocessor, settings)], rows, context).prepared()
+
+
 def fill_cache(settings: PoftConfig, keys: pa.ChunkedArray) -> None:
     """Made-up scores of every row by every reference, in several files and an order of their own."""
     assert settings.score_cache is not None
     cache, rng = ScoreCache(Path(settings.score_cache)), np.random.default_rng(SEED)
     quality = rng.normal(-1.5, 0.5, len(keys))
-    for reference in open_references(settings, cache):
+    for job in (reference_job(reference, Rows.none()) for reference in settings.references):
+        reference = open_job(job, cache)
         assert reference.identity is not None
         for part in np.array_split(rng.permutation(len(keys)), FILES):
             rewards = quality[part] + rng.normal(0, 0.2, len(part))

@@ -134,8 +134,8 @@ def register_preprocessors(register: "Callable[[str, Preprocessor], None]") -> N
     """Our preprocessors."""
     from poft_plugin.preprocessors.grades import grades
     from poft_plugin.preprocessors.reference_rewards import reference_rewards
-    from poft_plugin.preprocessors.response_scores import response_scores
     from poft_plugin.preprocessors.reference_sum_logps import reference_sum_logps
+    from poft_plugin.preprocessors.response_scores import response_scores
 
     register("reference_rewards", reference_rewards)
     register("response_scores", response_scores)

@@ -2,7 +2,7 @@
 
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.metadata import entry_points
@@ -65,7 +65,8 @@ def registry() -> Registry:
     """All registered items.
 
     Raises:
-        ValueError: if two packages register one name.
+        ValueError: if two packages register one name, or a method names a preprocessor that is not there, or that
+            reads another block than the method has.
     """
     found = Registry()
     methods = _Table("rl type", found.methods, found.packages)
@@ -87,7 +88,14 @@ def registry() -> Registry:
     for name, table in tables.items():
         for package, hook in _implementations(name):
             hook(partial(table.add, package))
+    for method in found.methods.values():
+        _check_preprocessors(method, found, tables["register_preprocessors"].packages)
     return found
+
+
+def scores_start_policy(method: "Method") -> bool:
+    """Whether a preprocessor of the method scores with the policy's start weights."""
+    return any(registry().preprocessors[name].start_policy for name in method.preprocessors)
 
 
 def load_object(path: str) -> Any:
@@ -116,6 +124,24 @@ class _Table(Generic[Item]):
                 "of them"
             )
         self.items[name], self.packages[name] = item, package
+
+
+def _check_preprocessors(method: "Method", found: Registry, packages: Mapping[str, str]) -> None:
+    """A method's preprocessors are there, and read its block or that of the method that it wraps."""
+    blocks = [(each.block, load_object(each.config)) for each in (method, method.base) if each is not None]
+    for name in method.preprocessors:
+        title = f"rl type {method.name!r} ({found.packages[method.name]}): its preprocessor {name!r}"
+        if name not in found.preprocessors:
+            raise ValueError(f"{title} is not registered; known: {', '.join(sorted(found.preprocessors))}")
+        reads = getattr(found.preprocessors[name], "reads", None)
+        if reads is None:
+            raise ValueError(
+                f"{title} ({packages[name]}) does not declare what it reads: decorate it with "
+                "`@preprocessor(reads=...)` of poft_plugin.scoring.jobs"
+            )
+        if not any(issubclass(block, reads) for _, block in blocks):
+            described = " and ".join(f"`{key}:` ({block.__name__})" for key, block in blocks)
+            raise ValueError(f"{title} ({packages[name]}) reads a {reads.__name__}; the method's block is {described}")
 
 
 def _implementations(hook: str) -> Iterator[tuple[str, Callable[..., Any]]]:

@@ -140,7 +140,7 @@ def test_method_is_complete(method: Method) -> None:
     assert method.loss in registry().losses
     assert callable(load_object(method.step))
     assert load_object(method.config).model_config["extra"] == "forbid"
-    assert {*method.preprocessors, *method.training_preprocessors} <= {*registry().preprocessors}
+    assert {*method.preprocessors} <= {*registry().preprocessors}
     step = load_object(method.step).__module__.rpartition(".")[2]
     for name in {method.loss, step}:
         own = ROOT / "tests" / "trainers" / f"test_{name}.py"

@@ -9,13 +9,17 @@ from typing import Any
 import pytest
 
 from poft_plugin import plugins
-from poft_plugin.config import Block
+from poft_plugin.config import Block, RankingConfig
+from poft_plugin.data.preparation import Prepared
 from poft_plugin.hookspecs import hookimpl
 from poft_plugin.methods import METHODS, Method, deft
+from poft_plugin.scoring.jobs import Preprocessor
 
-TOY = Method(name="toy", paper="none", block="toy", config="toy:Config", step="toy:step", loss="toy_loss")
+TOY = Method(
+    name="toy", paper="none", block="toy", config="poft_plugin.config:RankingConfig", step="toy:step", loss="toy_loss"
+)
 RANKED_TOY = replace(
-    TOY, ranked=True, preprocessors=("toy_rewards", "response_scores"), training_preprocessors=("toy_counts",),
+    TOY, ranked=True, preprocessors=("toy_rewards", "response_scores", "toy_counts"),
     columns=("bonus",), max_responses=3, keys="toy:Keys", defaults={"strength": 2.0}, unread=("weakness",),
     check="toy:check",
 )  # fmt: skip
@@ -39,7 +43,12 @@ def registered(method: Method) -> None:
     def register_methods(register: Callable[[Method], None]) -> None:
         register(method)
 
-    plugins.manager().register(SimpleNamespace(register_methods=hookimpl(register_methods)))
+    def register_preprocessors(register: Callable[[str, Preprocessor], None]) -> None:
+        for name in ("toy_rewards", "toy_counts"):
+            register(name, Preprocessor(lambda rows, settings, context: Prepared({}), RankingConfig))
+
+    hooks = {hook.__name__: hookimpl(hook) for hook in (register_methods, register_preprocessors)}
+    plugins.manager().register(SimpleNamespace(**hooks))
 
 
 def test_every_ranked_method_has_its_deft_form_and_no_other() -> None:
@@ -61,11 +70,11 @@ def test_a_deft_form_reads_its_own_block_and_grades(method: Method) -> None:
     base = method.base
     assert base is not None
     assert method.config == "poft_plugin.config:DeftConfig"
-    assert method.training_preprocessors == ("grades",)
-    assert method.preprocessors == base.preprocessors
+    assert method.preprocessors == (*base.preprocessors, "grades")
     assert method.preprocessors[0] == "response_scores"
     assert (method.loss, method.columns, method.keys) == (base.loss, base.columns, base.keys)
-    assert (method.max_responses, method.needs_start_policy) == (base.max_responses, base.needs_start_policy)
+    assert method.max_responses == base.max_responses
+    assert plugins.scores_start_policy(method) == plugins.scores_start_policy(base) == (base.name == "dpo")
     assert method.defaults.keys() - {"omega"} == (base.defaults.keys() if base.block == "deft" else set())
     assert all(method.defaults[key] == base.defaults[key] for key in method.defaults.keys() - {"omega"})
 
@@ -96,8 +105,7 @@ def test_a_ranked_method_of_another_package_gets_its_deft_form() -> None:
         block="deft",
         config="poft_plugin.config:DeftConfig",
         step="poft_plugin.trainers.deft:deft_step",
-        preprocessors=("response_scores", "toy_rewards"),
-        training_preprocessors=("toy_counts", "grades"),
+        preprocessors=("response_scores", "toy_rewards", "toy_counts", "grades"),
         defaults={"omega": None},  # its own are those of its own block
         unread=("sft_weight", "pro_temperature"),
         check="poft_plugin.preprocessors.response_scores:check_deft",
@@ -108,7 +116,7 @@ def test_a_ranked_method_of_another_package_gets_its_deft_form() -> None:
 
 def test_responses_are_scored_for_a_method_that_asks_for_no_scores() -> None:
     registered(replace(RANKED_TOY, preprocessors=("toy_rewards",)))
-    assert plugins.registry().methods["deft_toy"].preprocessors == ("response_scores", "toy_rewards")
+    assert plugins.registry().methods["deft_toy"].preprocessors == ("response_scores", "toy_rewards", "grades")
 
 
 def test_a_method_of_conversations_of_another_package_gets_none() -> None:

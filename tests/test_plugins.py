@@ -100,7 +100,7 @@ def test_what_the_project_ships_comes_in_by_its_entry_point() -> None:
 def test_every_method_names_what_exists(method: Method) -> None:
     found = plugins.registry()
     assert callable(found.losses[method.loss])
-    assert all(callable(found.preprocessors[n]) for n in (*method.preprocessors, *method.training_preprocessors))
+    assert all(callable(found.preprocessors[n]) for n in method.preprocessors)
     for path in filter(None, (method.config, method.keys)):
         assert load_object(path).model_config["extra"] == "forbid"
     assert all(callable(load_object(path)) for path in filter(None, (method.step, method.check)))

@@ -33,6 +33,9 @@ RANKED_LABELS = "ranked_labels"
 ROW_INDEX = "row_index"
 """Position in the evaluation set, so that a row that the launcher repeats counts once."""
 
+PART = "part"
+"""Which response of a ranked row a row of its own is, in words."""
+
 REFERENCE_LOGP = "reference_logp"
 """PoFT: mean over the references of the mean log-probability per response token, nats."""
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from poft_plugin.data.columns import CONVERSATION, DROPPABLE, GROUP, ROW_KEY, ROW_NUMBER, SOURCE
+from poft_plugin.data.columns import CONVERSATION, DROPPABLE, GROUP, PART, ROW_KEY, ROW_NUMBER, SOURCE
 from poft_plugin.data.ranked import RankedSample
 from poft_plugin.data.rows import Conversation, load_conversation
 
@@ -85,6 +85,11 @@ class Rows:
         """Names one row in messages: its data set, its position there, its key."""
         source, number, key = (self.table[name][index].as_py() for name in (SOURCE, ROW_NUMBER, ROW_KEY))
         return f"{source} row {number} (key {key})"
+
+    def title(self, index: int) -> str:
+        """Names one row, and which of a row's responses it is."""
+        part = self.table[PART][index].as_py() if PART in self.table.column_names else None
+        return self.where(index) + ("" if part is None else f": {part}")
 
     def where_key(self, key: str) -> str:
         """Names the first row of a key in messages."""

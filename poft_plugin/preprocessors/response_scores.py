@@ -8,7 +8,7 @@ import pyarrow as pa
 from pydantic import BaseModel
 
 from poft_plugin.config import DeftConfig, RankingConfig, RewardModelConfig
-from poft_plugin.data.columns import CONVERSATION, DROPPABLE, ORDER, RANKS, ROW_KEY, ROW_NUMBER, SCORES, SOURCE
+from poft_plugin.data.columns import CONVERSATION, DROPPABLE, ORDER, PART, RANKS, ROW_KEY, ROW_NUMBER, SCORES, SOURCE
 from poft_plugin.data.groups import ragged
 from poft_plugin.data.preparation import Prepared, Rows, RunContext
 from poft_plugin.data.ranked import RankedSample, dense_ranks
@@ -125,25 +125,30 @@ def response_rows(samples: Sequence[RankedSample], rows: Rows) -> tuple[Rows, li
         Unique rows, and the key of each sample's each response.
     """
     keys: list[list[str]] = []
-    texts: dict[str, tuple[str, int]] = {}
+    texts: dict[str, tuple[str, int, str]] = {}
     strict, droppable = set[str](), rows.droppable
     for number, sample in enumerate(samples):
         conversations = [sample.conversation(index) for index in range(len(sample.responses))]
         keys.append([row_key(conversation) for conversation in conversations])
-        for key, conversation in zip(keys[-1], conversations, strict=True):
-            texts.setdefault(key, (dump_conversation(conversation), number))
+        for key, conversation, part in zip(keys[-1], conversations, _parts(len(keys[-1])), strict=True):
+            texts.setdefault(key, (dump_conversation(conversation), number, part))
             strict.update([key] if not droppable[number] else [])
-    first = pa.array([number for _, number in texts.values()], pa.int64())
+    first = pa.array([number for _, number, _ in texts.values()], pa.int64())
     table = pa.table(
         {
             ROW_KEY: pa.array(list(texts), pa.string()),
-            CONVERSATION: pa.array([text for text, _ in texts.values()], pa.string()),
+            CONVERSATION: pa.array([text for text, _, _ in texts.values()], pa.string()),
+            PART: pa.array([part for _, _, part in texts.values()], pa.string()),
             SOURCE: rows.table[SOURCE].take(first),
             ROW_NUMBER: rows.table[ROW_NUMBER].take(first),
             DROPPABLE: pa.array([key not in strict for key in texts], pa.bool_()),
         }
     )
     return Rows(table, {}), keys
+
+
+def _parts(count: int) -> list[str]:
+    return ["chosen", "rejected"] if count == 2 else [f"response {number + 1} of {count}" for number in range(count)]
 
 
 def _order_needs_scores(settings: RankingConfig) -> bool:

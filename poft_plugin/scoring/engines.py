@@ -1,6 +1,7 @@
 """Ways to do jobs. This one: every process of the launcher scores its share, without collectives; or one alone."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -12,6 +13,7 @@ from poft_plugin.scoring.cache import Lookup, ScoreCache, cache_folder
 from poft_plugin.scoring.jobs import Job, check_names
 from poft_plugin.scoring.opened import OpenedJob, check_revisions, open_job
 from poft_plugin.scoring.run import (
+    Share,
     accelerator,
     prepare_missing,
     refuse_long_rows,
@@ -64,6 +66,33 @@ class ProcessEngine:
             board.announce(share.index)
             if len(todo):
                 wait_for_others(opened.scorer, todo, cache, shares=share.count, board=board)
+        return [opened.lookup(cache) for opened in jobs]
+
+
+@dataclass(frozen=True)
+class ShareEngine:
+    """One share by hand: of a machine, say, that no launcher reaches. Nobody waits for the others.
+
+    Args:
+        share: which rows.
+    """
+
+    share: Share
+
+    def score(
+        self, jobs: Sequence[OpenedJob], cache: ScoreCache, settings: ScoringBlock, context: RunContext
+    ) -> list[Lookup]:
+        """As `Engine.score`, of the rows of this share alone; the others' scores may be missing."""
+        check_revisions(jobs, cache, update=True)
+        for opened in jobs:
+            if opened.scorer is None:
+                continue
+            unscored = Rows(opened.job.rows.table.filter(opened.lookup(cache).missing), {})
+            prepared = prepare_missing(opened.scorer, unscored, cache, self.share)
+            device = accelerator(context, opened.scorer.devices)
+            score_prepared(opened.scorer, prepared, unscored, cache, device=device, batch_tokens=settings.batch_tokens)
+            share = f"shard {self.share.index} of {self.share.count}"
+            print(f"{opened.label}: {share}: {len(prepared)} rows scored", flush=True)
         return [opened.lookup(cache) for opened in jobs]
 
 

@@ -14,9 +14,9 @@ from rich.table import Table
 from poft_plugin.data.preparation import Rows, RunContext
 from poft_plugin.data.rows import RowError
 from poft_plugin.scoring.cache import Lookup, ScoreCache
+from poft_plugin.scoring.opened import OpenedJob
 from poft_plugin.scoring.run import accelerator, batches_for, default_batch_tokens
 from poft_plugin.scoring.scorer import PreparedRow, Scorer
-from poft_plugin.scoring.opened import OpenedJob
 
 UTILISATION = 0.4
 """Share of the machine's matmul rate that a scoring run is assumed to reach."""
@@ -212,7 +212,9 @@ def _print_disk(plans: Sequence[ScoringPlan], cache: ScoreCache, console: Consol
 
 
 def _location(scorer: Scorer) -> str:
-    where = scorer.checkpoint.location
-    pinned = f"commit {scorer.checkpoint.commit}" if scorer.checkpoint.commit else "local folder"
+    file = scorer.checkpoint.gguf
+    where = scorer.checkpoint.location if file is None else f"{scorer.checkpoint.location}/{file}"
+    local = "local folder" if file is None else "local file"
+    pinned = f"commit {scorer.checkpoint.commit}" if scorer.checkpoint.commit else local
     context = "" if scorer.context_length is None else f", context {scorer.context_length}"
     return f"{where} ({pinned}), {str(scorer.dtype).removeprefix('torch.')}{context}"

@@ -6,17 +6,20 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from pydantic import BaseModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from poft_plugin.config import ReferenceConfig, RewardModelConfig
-from poft_plugin.data.preparation import Rows
+from poft_plugin.data.preparation import Prepared, Rows, RunContext
 from poft_plugin.data.rows import Turn, dump_conversation, row_key
 from poft_plugin.scorers.causal_lm import CausalLMScorer
 from poft_plugin.scorers.reward_model import RewardModelScorer
 from poft_plugin.scoring.cache import ScoreCache
-from poft_plugin.scoring.checkpoints import resolve_checkpoint
+from poft_plugin.scoring.checkpoints import Checkpoint, resolve_checkpoint
+from poft_plugin.scoring.jobs import Job, Preprocessor
 from poft_plugin.scoring.run import Share, prepare_missing, score_prepared
 from poft_plugin.scoring.scorer import Scorer
+from poft_plugin.scoring.stages import Stage
 
 
 def conversation(row: dict[str, Any]) -> tuple[Turn, ...]:
@@ -42,6 +45,23 @@ def rows_of(conversations: Sequence[Sequence[Turn]], source: str = "data.jsonl")
         ),
         {},
     )
+
+
+def prepared(preprocessor: Preprocessor, rows: Rows, settings: BaseModel, context: RunContext) -> Prepared:
+    """A preprocessor's columns, with what it asks for scored."""
+    return Stage.of([(preprocessor, settings)], rows, context).prepared()
+
+
+def job_of(name: str, keys: pa.ChunkedArray, *, kind: str = "reference", highest: float | None = 0.0) -> Job:
+    """A job over rows of these keys whose model is nowhere; their texts are `text of KEY`."""
+    texts = pa.chunked_array([[f"text of {key}" for key in keys.to_pylist()]])
+    rows = Rows(pa.table({"row_key": keys, "conversation": texts}), {})
+    return Job(name, kind, ReferenceConfig(model=name), rows, never, highest=highest)
+
+
+def never(checkpoint: Checkpoint) -> Scorer:
+    """In the place of a scorer that must not be made."""
+    raise AssertionError(checkpoint)
 
 
 def scorer(folder: Path, cache: ScoreCache, *, include_end_of_turn: Any = False, **settings: Any) -> CausalLMScorer:

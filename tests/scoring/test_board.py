@@ -13,12 +13,13 @@ from torch.distributed import TCPStore
 
 from poft_plugin.config import PoftConfig
 from poft_plugin.data.preparation import RunContext
-from poft_plugin.preprocessors.reference_rewards import open_references, reference_rewards
+from poft_plugin.preprocessors.reference_rewards import reference_job, reference_rewards
 from poft_plugin.scoring import run as scoring_run
 from poft_plugin.scoring.board import open_board
 from poft_plugin.scoring.cache import ScoreCache
 from poft_plugin.scoring.identity import Identity
-from scoring.support import as_rows
+from poft_plugin.scoring.opened import open_job
+from scoring.support import as_rows, prepared
 
 KEYS = pa.chunked_array([["00", "01"]])
 
@@ -63,7 +64,7 @@ def test_without_a_store_nothing_is_said(monkeypatch: pytest.MonkeyPatch, port: 
 
 def scored(models: SimpleNamespace, folder: Path, number: int) -> None:
     settings = PoftConfig.model_validate({"references": [{"model": str(models.ref_a)}], "score_cache": str(folder)})
-    reference_rewards(as_rows(tiny.chat_rows(8)), settings, rank(number))
+    prepared(reference_rewards, as_rows(tiny.chat_rows(8)), settings, rank(number))
 
 
 def test_two_folders_are_an_error_that_names_them(
@@ -104,6 +105,6 @@ def test_one_folder_serves_both(models: SimpleNamespace, tmp_path: Path, monkeyp
         thread.join(timeout=60)
     settings = PoftConfig.model_validate({"references": [{"model": str(models.ref_a)}]})
     cache = ScoreCache(tmp_path)
-    (reference,) = open_references(settings, cache)
-    assert not reference.lookup(as_rows(tiny.chat_rows(8)), cache).missing.any()
+    (reference,) = settings.references
+    assert not open_job(reference_job(reference, as_rows(tiny.chat_rows(8))), cache).lookup(cache).missing.any()
     del store

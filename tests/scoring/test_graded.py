@@ -50,7 +50,7 @@ def test_lines(tmp_path: Path, by_reward: bool) -> None:
     held_out = with_columns(PAIR_ROWS[:1], PAIR_SCORES[:1], "A", by_reward=by_reward)
     evaluation = Rows(held_out.table, {k: v for k, v in held_out.attached.items() if k != LEVEL})
     path = tmp_path / "new" / "scores.parquet"
-    assert export_graded(path, [train, evaluation], (), None) == 8
+    assert export_graded(path, [train, evaluation], (), {}, texts=False) == 8
     table = pq.read_table(path)
     assert table.schema.names == EXPORTED.names
     lines = table.to_pylist()
@@ -69,15 +69,15 @@ def test_lines(tmp_path: Path, by_reward: bool) -> None:
 def test_levels_and_texts(tmp_path: Path) -> None:
     train = with_columns(PAIR_ROWS, PAIR_SCORES, "ABC", by_reward=False)
     path = tmp_path / "scores.parquet"
-    assert export_graded(path, [train], ("A", "C"), None, texts=True) == 4
+    assert export_graded(path, [train], ("A", "C"), {}, texts=True) == 4
     table = pq.read_table(path)
     assert set(table["level"].to_pylist()) == {"A", "C"}
     for line in table.to_pylist():
         assert row_key(load_conversation(line["conversation"])) == line["row_key"]
     ungraded = Rows(train.table, {k: v for k, v in train.attached.items() if k != LEVEL})
-    assert export_graded(path, [ungraded], ("A",), None) == 0
+    assert export_graded(path, [ungraded], ("A",), {}, texts=False) == 0
     assert pq.read_table(path).schema.names == EXPORTED.names
-    assert export_graded(path, [ungraded], ("A",), None, texts=True) == 0
+    assert export_graded(path, [ungraded], ("A",), {}, texts=True) == 0
     assert pq.read_table(path).schema.names == [*EXPORTED.names, "conversation"]
 
 

@@ -23,6 +23,7 @@ from poft_plugin.data.rows import Turn
 from poft_plugin.preprocessors import grades as module
 from poft_plugin.preprocessors.grades import DISCREPANCY, grades, load_discrepancy
 from scoring.ranked_support import counted, ranked
+from scoring.support import prepared
 
 TOP, BOTTOM, ROWS, LONG = 30, 25, 12, 20
 
@@ -51,7 +52,7 @@ def policy(models: SimpleNamespace) -> Policy:
 def graded(rows: Rows, policy: Policy, folder: Path, run: dict[str, Any] | None = None, **settings: Any) -> Prepared:
     block = {"top_percent": TOP, "bottom_percent": BOTTOM, "omega": 0.5, "score_cache": str(folder / "cache")}
     context = RunContext("train", **{"policy": policy, "output_dir": folder / "out", **(run or {})})
-    return grades(rows, DeftConfig.model_validate({**block, **settings}), context)
+    return prepared(grades, rows, DeftConfig.model_validate({**block, **settings}), context)
 
 
 def best_of(rows: Rows, index: int) -> float:

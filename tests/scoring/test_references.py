@@ -19,8 +19,8 @@ from poft_plugin.preprocessors.reference_rewards import reference_rewards
 from poft_plugin.scorers.causal_lm import CausalLMScorer
 from poft_plugin.scoring.cache import ScoreCache
 from poft_plugin.scoring.checkpoints import MissingCheckpointError, resolve_checkpoint
-from poft_plugin.scoring.exchange import export_scores, import_scores
-from scoring.support import as_rows, plain_reward, scorer
+from poft_plugin.scoring.exchange import Scored, export_scores, import_scores
+from scoring.support import as_rows, job_of, plain_reward, prepared, scorer
 
 DATA = tiny.chat_rows(5, seed=2)
 ROWS = as_rows(DATA)
@@ -33,12 +33,12 @@ def config(folder: Path, *references: dict[str, Any], **settings: Any) -> PoftCo
 
 def test_mean_over_references(models: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = config(tmp_path, {"model": str(models.ref_a)}, {"model": str(models.ref_b)})
-    found = reference_rewards(ROWS, settings, TRAIN)
+    found = prepared(reference_rewards, ROWS, settings, TRAIN)
     expected = [(plain_reward(models.ref_a, row)[0] + plain_reward(models.ref_b, row)[0]) / 2 for row in DATA]
     np.testing.assert_allclose(found.columns[REFERENCE_LOGP], expected, rtol=1e-4)
     assert "5 to score" in capsys.readouterr().out
     assert "poft/reference/ref_a/data.jsonl/mean" in found.statistics
-    reference_rewards(ROWS, settings, TRAIN)
+    prepared(reference_rewards, ROWS, settings, TRAIN)
     assert "5 rows cached, 0 to score" in capsys.readouterr().out
 
 
@@ -53,21 +53,21 @@ def test_only_what_is_new_is_scored(models: SimpleNamespace, tmp_path: Path, mon
 
     monkeypatch.setattr(CausalLMScorer, "score", counted)
     one = config(tmp_path, {"model": str(models.ref_a)})
-    reference_rewards(ROWS, one, TRAIN)
+    prepared(reference_rewards, ROWS, one, TRAIN)
     assert sum(count for _, count in scored) == 5
     scored.clear()
     edited = [dict(DATA[0], messages=[DATA[0]["messages"][0], {"role": "assistant", "content": "new"}]), *DATA[1:]]
-    reference_rewards(as_rows(edited), one, TRAIN)
+    prepared(reference_rewards, as_rows(edited), one, TRAIN)
     assert scored == [("ref_a", 1)]
     scored.clear()
     both = config(tmp_path, {"model": str(models.ref_a)}, {"model": str(models.ref_b)})
-    reference_rewards(ROWS, both, TRAIN)
+    prepared(reference_rewards, ROWS, both, TRAIN)
     assert {name for name, _ in scored} == {"ref_b"}
     scored.clear()
     for beta in (0.5, 1.0, 2.0):
         for gamma in (-1.0, 0.0):
             swept = both.model_copy(update={"beta": beta, "gamma": gamma, "batch_tokens": int(100 * beta)})
-            reference_rewards(ROWS, swept, TRAIN)
+            prepared(reference_rewards, ROWS, swept, TRAIN)
     assert scored == []
 
 
@@ -76,14 +76,14 @@ def test_missing_scores_error(models: SimpleNamespace, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"'ref_a': 5 of 5 rows have no cached score.*missing_scores.*axolotl poft score"
     ):
-        reference_rewards(ROWS, settings, TRAIN)
-    reference_rewards(ROWS, settings, PREPROCESS)
-    reference_rewards(ROWS, settings, TRAIN)
+        prepared(reference_rewards, ROWS, settings, TRAIN)
+    prepared(reference_rewards, ROWS, settings, PREPROCESS)
+    prepared(reference_rewards, ROWS, settings, TRAIN)
 
 
 def test_evaluation_scores_nothing(models: SimpleNamespace, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="axolotl evaluate"):
-        reference_rewards(ROWS, config(tmp_path, {"model": str(models.ref_a)}), RunContext("evaluate"))
+        prepared(reference_rewards, ROWS, config(tmp_path, {"model": str(models.ref_a)}), RunContext("evaluate"))
 
 
 def test_rows_longer_than_the_context(models: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,11 +93,18 @@ def test_rows_longer_than_the_context(models: SimpleNamespace, tmp_path: Path, m
     monkeypatch.setattr(CausalLMScorer, "load", lambda *_: pytest.fail("loaded before all rows were looked at"))
     for _ in range(2):  # the second time from the cache's note of their lengths
         with pytest.raises(ValueError, match=r"'short': 3 of 3 rows are longer.*data.jsonl row 2.*on_long_row"):
-            reference_rewards(data, config(tmp_path, {"model": str(models.ref_a)}, {"model": str(models.short)}), TRAIN)
+            prepared(
+                reference_rewards,
+                data,
+                config(tmp_path, {"model": str(models.ref_a)}, {"model": str(models.short)}),
+                TRAIN,
+            )
     monkeypatch.setattr(CausalLMScorer, "load", load)
     with pytest.raises(ValueError, match=r"'short': \d of 3 rows are longer.*data.jsonl row 2.*on_long_row"):
-        reference_rewards(data, config(tmp_path, {"model": str(models.short)}), TRAIN)
-    dropped = reference_rewards(data, config(tmp_path, {"model": str(models.short), "on_long_row": "drop"}), TRAIN)
+        prepared(reference_rewards, data, config(tmp_path, {"model": str(models.short)}), TRAIN)
+    dropped = prepared(
+        reference_rewards, data, config(tmp_path, {"model": str(models.short), "on_long_row": "drop"}), TRAIN
+    )
     assert data.keys[2].as_py() in dropped.dropped
     assert np.isnan(dropped.columns[REFERENCE_LOGP][2])
 
@@ -106,19 +113,25 @@ def test_scores_from_elsewhere_need_no_model(tmp_path: Path) -> None:
     keys = ROWS.keys.to_pylist()
     pq.write_table(pa.table({"row_key": keys, "reward": [-1.0, -2.0, -3.0, -4.0, -5.0]}), tmp_path / "big.parquet")
     settings = config(tmp_path, {"name": "big", "scores": str(tmp_path / "big.parquet")})
-    assert reference_rewards(ROWS, settings, TRAIN).columns[REFERENCE_LOGP].tolist() == [-1.0, -2.0, -3.0, -4.0, -5.0]
+    assert prepared(reference_rewards, ROWS, settings, TRAIN).columns[REFERENCE_LOGP].tolist() == [
+        -1.0,
+        -2.0,
+        -3.0,
+        -4.0,
+        -5.0,
+    ]
     pq.write_table(pa.table({"row_key": keys[:3], "reward": [-1.0, -2.0, -3.0]}), tmp_path / "big.parquet")
     with pytest.raises(ValueError, match=r"'big': its imported scores lack 2 of 5 rows, the first data.jsonl row 3"):
-        reference_rewards(ROWS, settings, TRAIN)
+        prepared(reference_rewards, ROWS, settings, TRAIN)
 
 
 def test_a_wholly_imported_reference_need_not_exist(tmp_path: Path) -> None:
     settings = config(tmp_path, {"model": "./not_here"})
     with pytest.raises(MissingCheckpointError, match="./not_here: no such folder"):
-        reference_rewards(ROWS, settings, TRAIN)
+        prepared(reference_rewards, ROWS, settings, TRAIN)
     pq.write_table(pa.table({"row_key": ROWS.keys.to_pylist(), "reward": [-1.0] * 5}), tmp_path / "s.parquet")
-    import_scores(tmp_path / "s.parquet", ["./not_here"], ROWS.keys, ScoreCache(tmp_path / "cache"))
-    assert reference_rewards(ROWS, settings, TRAIN).columns[REFERENCE_LOGP].tolist() == [-1.0] * 5
+    import_scores(tmp_path / "s.parquet", [job_of("./not_here", ROWS.keys)], ScoreCache(tmp_path / "cache"))
+    assert prepared(reference_rewards, ROWS, settings, TRAIN).columns[REFERENCE_LOGP].tolist() == [-1.0] * 5
 
 
 def fake_hub(folder: Path, source: Path, commit: str) -> None:
@@ -138,13 +151,13 @@ def test_a_hub_revision_that_has_moved(
     settings = config(tmp_path, {"model": "org/tiny"})
     checkpoint = resolve_checkpoint("org/tiny", None, ScoreCache(tmp_path))
     assert checkpoint.identity == {"model": "org/tiny", "commit": first}
-    reference_rewards(ROWS, settings, TRAIN)
+    prepared(reference_rewards, ROWS, settings, TRAIN)
     fake_hub(hub, models.ref_b, second)
     with pytest.raises(ValueError, match=f"{first} when it was scored and is {second} now.*revision: {first}"):
-        reference_rewards(ROWS, settings, TRAIN)
-    reference_rewards(ROWS, config(tmp_path, {"model": "org/tiny", "revision": first}), TRAIN)
-    reference_rewards(ROWS, settings, RunContext("score"))
-    reference_rewards(ROWS, settings, TRAIN)
+        prepared(reference_rewards, ROWS, settings, TRAIN)
+    prepared(reference_rewards, ROWS, config(tmp_path, {"model": "org/tiny", "revision": first}), TRAIN)
+    prepared(reference_rewards, ROWS, settings, RunContext("score"))
+    prepared(reference_rewards, ROWS, settings, TRAIN)
     with pytest.raises(MissingCheckpointError, match="cannot be reached"):
         resolve_checkpoint("org/never-downloaded", None, ScoreCache(tmp_path))
 
@@ -159,14 +172,15 @@ def test_imported_scores_of_another_scorer_are_not_used_silently(
     models: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     half = config(tmp_path / "half", {"model": str(models.ref_a), "dtype": "bfloat16"})
-    found = reference_rewards(ROWS, half, TRAIN)
+    found = prepared(reference_rewards, ROWS, half, TRAIN)
     cache = ScoreCache(tmp_path / "half" / "cache")
     identity = scorer(models.ref_a, cache, dtype="bfloat16", include_end_of_turn="auto").identity
     lookup = cache.lookup(identity, ROWS.keys)
     source = str(models.ref_a)
-    export_scores(tmp_path / "half.parquet", ROWS.keys, {source: lookup}, {source: identity})
-    import_scores(tmp_path / "half.parquet", [source], ROWS.keys, ScoreCache(tmp_path / "cache"))
+    job = job_of(source, ROWS.keys)
+    export_scores(tmp_path / "half.parquet", [Scored(job, lookup, identity)])
+    import_scores(tmp_path / "half.parquet", [job], ScoreCache(tmp_path / "cache"))
     capsys.readouterr()
-    again = reference_rewards(ROWS, config(tmp_path, {"model": source}), TRAIN)
+    again = prepared(reference_rewards, ROWS, config(tmp_path, {"model": source}), TRAIN)
     assert "imported scores were made with other settings (dtype)" in capsys.readouterr().out
     assert not np.array_equal(again.columns[REFERENCE_LOGP], found.columns[REFERENCE_LOGP])

@@ -19,10 +19,12 @@ from poft_plugin.data.columns import REFERENCE_SUM_LOGPS
 from poft_plugin.data.preparation import Policy, Rows, RunContext
 from poft_plugin.data.ranked import RankedSample
 from poft_plugin.data.rows import Turn
+from poft_plugin.preprocessors.reference_sum_logps import reference_sum_logps, start_policy_job, token_rows
 from poft_plugin.scorers.causal_lm import CausalLMScorer
-from poft_plugin.scorers.start_policy import open_start_policy, reference_sum_logps, token_rows
 from poft_plugin.scoring.cache import ScoreCache
+from poft_plugin.scoring.opened import OpenedJob, open_job
 from scoring.ranked_support import counted, ranked
+from scoring.support import prepared
 
 VOCABULARY = 350
 
@@ -60,7 +62,11 @@ def run_of(models: SimpleNamespace, tokenizer: Any, purpose: Any = "train", **po
 
 def sums(rows: Rows, cache: Path, run: RunContext, **settings: Any) -> list[list[float]]:
     block = DeftConfig.model_validate({"score_cache": str(cache), **settings})
-    return [list(row) for row in reference_sum_logps(rows, block, run).columns[REFERENCE_SUM_LOGPS]]
+    return [list(row) for row in prepared(reference_sum_logps, rows, block, run).columns[REFERENCE_SUM_LOGPS]]
+
+
+def opened(policy: Policy, cache: ScoreCache) -> OpenedJob:
+    return open_job(start_policy_job(policy, Rows.none()), cache)
 
 
 def summed(logps: torch.Tensor, ids: list[int]) -> float:
@@ -134,7 +140,7 @@ def test_rows_that_are_too_long_are_not_scored(models: SimpleNamespace, tokenize
 def test_rows_are_prepared_as_they_are(models: SimpleNamespace, tokenizer: Any, tmp_path: Path) -> None:
     """A first token is predicted by nothing: it is no response token of the plan, either."""
     sequences, _ = token_rows(ranked(SAMPLES, SEQUENCES), 64)
-    scorer: Any = open_start_policy(Policy(str(models.policy), tokenizer, 64), ScoreCache(tmp_path)).scorer
+    scorer: Any = opened(Policy(str(models.policy), tokenizer, 64), ScoreCache(tmp_path)).scorer
     for index, ids in enumerate(sequences.table["input_ids"].to_pylist()):
         row = scorer.prepare_row(sequences, index)
         assert row.input_ids.tolist() == ids
@@ -153,11 +159,9 @@ def test_a_sequence_is_known_by_its_labels_too() -> None:
 
 
 def identity(models: SimpleNamespace, tokenizer: Any, cache: Path, **policy: Any) -> Any:
-    opened = open_start_policy(
-        Policy(str(models.policy), tokenizer, **{"sequence_len": 64, **policy}), ScoreCache(cache)
-    )
-    assert opened.scorer is not None
-    return opened.scorer.identity
+    found = opened(Policy(str(models.policy), tokenizer, **{"sequence_len": 64, **policy}), ScoreCache(cache))
+    assert found.scorer is not None
+    return found.scorer.identity
 
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "bfloat16"}
@@ -181,7 +185,7 @@ def test_identity(models: SimpleNamespace, tokenizer: Any, tmp_path: Path) -> No
 
 def test_it_is_loaded_as_the_policy_is(models: SimpleNamespace, tokenizer: Any, tmp_path: Path) -> None:
     policy = Policy(str(models.policy), tokenizer, 64, quantization=NF4, dtype="bfloat16", attn_implementation="eager")
-    scorer: Any = open_start_policy(policy, ScoreCache(tmp_path)).scorer
+    scorer: Any = opened(policy, ScoreCache(tmp_path)).scorer
     assert scorer.dtype == torch.bfloat16
     assert scorer.settings.attn_implementation == "eager"
     quantization = scorer.quantization_config

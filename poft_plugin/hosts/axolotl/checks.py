@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from poft_plugin.methods import Method
-from poft_plugin.plugins import load_object
+from poft_plugin.method import Method
+from poft_plugin.plugins import load_object, scores_start_policy
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,18 @@ def _shares_sequences(value: Any) -> bool:
     return not isinstance(value, Mapping) or value.get("size", 1) != 1
 
 
+def _is_gguf(value: Any) -> bool:
+    return str(value).endswith(".gguf")
+
+
 REFUSALS = (
+    Refusal(
+        "base_model",
+        _is_gguf,
+        "a GGUF file can be a reference, not a policy; give the folder or repository that it was made from, or one "
+        "that transformers makes of it: `AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE)` and the "
+        "`AutoTokenizer` alike, each with `.save_pretrained(NEW)`",
+    ),
     Refusal("streaming", bool, "rows must be there to be scored; remove it"),
     Refusal("pretraining_dataset", bool, "a pretraining set has no responses; use `datasets:`"),
     Refusal("train_on_inputs", bool, "the response alone is scored and trained on; set it to false"),
@@ -118,7 +129,7 @@ def check_settings(cfg: Mapping[str, Any], method: Method) -> None:
     rl = method.name
     read = set() if method.keys is None else set(load_object(method.keys).model_fields)
     refusals = [*REFUSALS, *(RANKED_REFUSALS if method.ranked else ())]
-    refusals += START_REFUSALS if method.needs_start_policy else ()
+    refusals += START_REFUSALS if scores_start_policy(method) else ()
     found = [r for r in refusals if r.key not in read and cfg.get(r.key) is not None and r.refused(cfg.get(r.key))]
     lines = [f"{r.key}: {cfg.get(r.key)!r} cannot be honoured with `rl: {rl}`: {r.remedy}" for r in found]
     others = [key for key in cfg if str(key).startswith(PREFIXES) and cfg.get(key) is not None and key not in read]

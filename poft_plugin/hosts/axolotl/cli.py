@@ -117,7 +117,12 @@ def _show(session: "Session", count: int) -> None:
 
 @_command
 def _score(session: "Session", num_shards: int | None, shard: int | None) -> None:
-    session.score(num_shards, shard)
+    if num_shards is None:
+        session.score()
+    else:
+        from poft_plugin.scoring.run import Share
+
+        session.score_share(Share(shard, num_shards))
 
 
 if __name__ == "__main__":

@@ -11,16 +11,25 @@ from datasets import Dataset, concatenate_datasets
 
 from poft_plugin.config import DeftConfig
 from poft_plugin.data.columns import CONVERSATION, GROUP, ROW_INDEX
+from poft_plugin.data.groups import sequence_lengths
 from poft_plugin.data.preparation import Prepared, Purpose, RunContext
 from poft_plugin.hosts.axolotl.checks import check_packing, check_share_prompt
 from poft_plugin.hosts.axolotl.host_rows import HostRows, join, selected, unique_rows
 from poft_plugin.hosts.axolotl.policy import check_linear_head, check_no_window, policy_of
-from poft_plugin.hosts.axolotl.ranked_datasets import check_one_step, check_pack, laid_out, pack_tokens, short_enough, too_long
+from poft_plugin.hosts.axolotl.ranked_datasets import (
+    check_one_step,
+    check_pack,
+    laid_out,
+    pack_tokens,
+    report_ties,
+    short_enough,
+    too_long,
+)
+from poft_plugin.hosts.axolotl.rotary import check_frequencies
 from poft_plugin.hosts.axolotl.run import MethodRun
 from poft_plugin.hosts.axolotl.stages import RunStages
 from poft_plugin.scoring.jobs import Scope
 from poft_plugin.scoring.stages import Stage
-
 
 EVALUATED: tuple[Scope, ...] = ("all", "kept")
 """Stages that rows go through to be evaluated: nothing is graded."""
@@ -56,7 +65,8 @@ def prepare(
     if isinstance(run.settings, DeftConfig) and run.settings.omega:
         check_linear_head(cfg)
     (kept, *others), made = RunStages(cfg, run, context).kept
-    finished = [_finished(kept, run, cfg, packed=bool(cfg.sample_packing)), *(_finished(p, run, cfg) for p in others)]
+    report_ties(kept.rows)
+    finished = [_finished(kept, run, cfg, training=True), *(_finished(p, run, cfg) for p in others)]
     if run.method.ranked:
         check_one_step(len(finished[0]), cfg, context)
     steps = None if purpose == "preprocess" else _count_steps(cfg, finished[0])
@@ -91,14 +101,20 @@ def run_context(cfg: DictDefault, purpose: Purpose) -> RunContext:
     return RunContext.from_environment(purpose, policy=policy_of(cfg), output_dir=output_dir)
 
 
-def _finished(part: HostRows, run: MethodRun, cfg: DictDefault, *, packed: bool = False) -> Dataset:
+def _finished(part: HostRows, run: MethodRun, cfg: DictDefault, *, training: bool = False) -> Dataset:
     """The data set that the trainer gets: text columns off, the method's columns and a row index on."""
+    packed = training and bool(cfg.sample_packing)
+    together = packed or (cfg.micro_batch_size if training else cfg.eval_batch_size or cfg.micro_batch_size) > 1
     if run.method.ranked:
         part = selected(part, short_enough(part.rows, cfg), *too_long(part.rows, cfg))
+        check_frequencies(cfg, lambda: sequence_lengths(part.rows), together=together, name=part.name)
         dataset = laid_out(part.rows, list(part.rows.attached), share_prompts=packed and run.share_prompts)
         if packed:
             check_pack(part.rows, np.asarray(dataset["length"]), cfg)
         return dataset
+    check_frequencies(
+        cfg, lambda: [np.array([len(ids)]) for ids in part.dataset["input_ids"]], together=together, name=part.name
+    )
     columns: dict[str, Sequence[float] | np.ndarray] = dict(part.rows.attached)
     columns[ROW_INDEX] = np.arange(len(part.rows))
     texts = [name for name in (CONVERSATION, GROUP) if name in part.dataset.column_names]

@@ -20,7 +20,7 @@ from poft_plugin.config import entries_of, parse_block
 from poft_plugin.hosts.axolotl.prompt_completion import PROMPT_COMPLETION, PromptCompletionFields
 from poft_plugin.hosts.axolotl.ranked_fields import RANKED_TYPES, RankedFields
 from poft_plugin.hosts.axolotl.ranked_host_types import from_host_type
-from poft_plugin.methods import Method
+from poft_plugin.method import Method
 
 STRATEGY = "poft_plugin.hosts.axolotl.strategy"
 SALT_FIELD = "input_format"

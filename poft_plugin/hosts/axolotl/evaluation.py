@@ -13,7 +13,8 @@ from axolotl.utils.dict import DictDefault
 from datasets import Dataset
 
 from poft_plugin.data.columns import ROW_KEY
-from poft_plugin.hosts.axolotl.datasets import HostRows, load_host_rows, with_columns
+from poft_plugin.hosts.axolotl.datasets import with_columns
+from poft_plugin.hosts.axolotl.host_rows import HostRows, load_host_rows
 from poft_plugin.hosts.axolotl.record import FOLDER, RUN_FILE, RunRecord, compared_settings, read_record, read_rows
 from poft_plugin.hosts.axolotl.run import MethodRun
 

@@ -22,8 +22,8 @@ from poft_plugin.hosts.axolotl.compat import name_plugin
 from poft_plugin.hosts.axolotl.entries import take_over_entries
 from poft_plugin.hosts.axolotl.names import check_names
 from poft_plugin.hosts.axolotl.spelling import check_keys, check_rl
-from poft_plugin.methods import Method
-from poft_plugin.plugins import load_object, registry
+from poft_plugin.method import Method
+from poft_plugin.plugins import load_object, registry, scores_start_policy
 from poft_plugin.scoring.jobs import Preprocessor, Scope
 from poft_plugin.trainers.step import Step, StepSetup
 
@@ -106,11 +106,6 @@ class MethodRun:
         if base is not None:
             inner = _make_step(base, StepSetup(self.base_settings or self.settings, loss, self.keys, None))
         return _make_step(self.method, StepSetup(self.settings, loss, self.keys, inner))
-
-
-def scores_start_policy(method: Method) -> bool:
-    """Whether a preprocessor of the method scores with the policy's start weights."""
-    return any(registry().preprocessors[name].start_policy for name in method.preprocessors)
 
 
 def take_over(cfg: Any) -> MethodRun | None:

@@ -12,7 +12,7 @@ from axolotl.utils.schemas.enums import RLType
 from pydantic import BaseModel
 
 from poft_plugin.hosts.axolotl.args import PoftPluginArgs
-from poft_plugin.methods import Method
+from poft_plugin.method import Method
 from poft_plugin.plugins import load_object, registry
 
 NEAR = 0.84

@@ -16,8 +16,9 @@ from poft_plugin.data.preparation import RunContext
 from poft_plugin.data.rows import RowError, load_conversation
 from poft_plugin.hosts.axolotl.chat_rows import ChatReader
 from poft_plugin.hosts.axolotl.conversations import host_tokens
-from poft_plugin.hosts.axolotl.datasets import graded_rows, load_host_rows
 from poft_plugin.hosts.axolotl.field_rows import FieldReader
+from poft_plugin.hosts.axolotl.host_rows import load_host_rows
+from poft_plugin.hosts.axolotl.stages import RunStages
 
 ASK, SAY = {"role": "user", "content": "one?"}, {"role": "assistant", "content": "two."}
 GOOD = {"messages": [ASK, SAY]}
@@ -130,7 +131,7 @@ def test_rows_that_a_reference_refuses_are_left_out(models: SimpleNamespace, tmp
     from axolotl.integrations.base import PluginManager
 
     plugin = PluginManager.get_instance().plugins["poft_plugin.PoftPlugin"]
-    (kept,) = graded_rows(cfg, plugin.method_run, RunContext("score"))
+    (kept,) = [part.rows for part in RunStages(cfg, plugin.method_run, RunContext("score")).graded]
     assert [len(load_conversation(text)) for text in kept.table["conversation"].to_pylist()] == [2]
     assert np.isfinite(kept.attached["reference_logp"]).all()
 

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from poft_plugin.data.rows import RowError, Turn, load_conversation
-from poft_plugin.hosts.axolotl.datasets import load_host_rows
+from poft_plugin.hosts.axolotl.host_rows import load_host_rows
 
 CHAT = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "two."}]
 LONG = [*CHAT, {"role": "user", "content": "three?"}, {"role": "assistant", "content": "four."}]

@@ -7,7 +7,8 @@ from torch.nn.functional import softplus
 from poft_plugin.data.groups import ragged
 from poft_plugin.data.preparation import Prepared
 from poft_plugin.hookspecs import hookimpl
-from poft_plugin.methods import Method
+from poft_plugin.method import Method
+from poft_plugin.scoring.jobs import preprocessor
 from poft_plugin.trainers.ranked import Ranked
 from poft_plugin.trainers.step import Metric, StepOutput
 
@@ -36,7 +37,8 @@ def toy_rows_loss(mean_logps, bonus, *, strength):
     return -strength * bonus * mean_logps
 
 
-def row_bonus(rows, settings, run):
+@preprocessor(reads=ToyConfig, columns=("bonus",))
+def row_bonus(rows, settings, context):
     """A column out of the text alone: one over the number of words of the row's last turn."""
     return Prepared({"bonus": np.array([1 / count_words(rows.conversation(index)) for index in range(len(rows))])})
 
@@ -65,7 +67,8 @@ def toy_loss(mean_logps, mask, bonus):
     return bonus * softplus(-margins)
 
 
-def response_bonus(rows, settings, run):
+@preprocessor(reads=ToyConfig, columns=("bonus",))
+def response_bonus(rows, settings, context):
     """A number for each response: the strength over its words."""
     samples = [rows.sample(index) for index in range(len(rows))]
     words = [[count_words(s.conversation(number)) for number in range(len(s.responses))] for s in samples]
