@@ -24,12 +24,15 @@ from typing import Any
 
 import numpy as np
 import yaml
+from axolotl.utils.dict import DictDefault
 from datasets import Dataset, load_from_disk
 from transformers.utils import logging
 
 from benchmarks import synthetic
 from benchmarks.common import Contestant, Report, arguments, peak_mib, publish, race, ratio, rounds, settle
 from poft_plugin.data.preparation import Rows, RunContext
+from poft_plugin.hosts.axolotl.host_rows import HostRows
+from poft_plugin.hosts.axolotl.host_rows import join as join_columns
 from poft_plugin.preprocessors.reference_rewards import reference_rewards
 
 REFERENCES = 3
@@ -126,7 +129,7 @@ def join(options: argparse.Namespace, folder: Path, references: Sequence[Path]) 
     with contextlib.redirect_stdout(io.StringIO()):
         runs = [Contestant("scores of unique rows", lambda: _scores(stored, settings))]
         if not options.small:
-            runs.append(Contestant("whole join, data set attached", lambda: _whole(stored, settings)))
+            runs.append(Contestant("whole join, data set attached", lambda: _whole(stored, settings, references[0])))
         timings = race(runs, options.repeats, clock=options.clock, take=options.take)
         peaks = [peak_mib(run.run) for run in runs]
     cells = [
@@ -198,14 +201,14 @@ def _scores(stored: Path, settings: Any) -> np.ndarray:
     ]
 
 
-def _whole(stored: Path, settings: Any) -> Dataset:
+def _whole(stored: Path, settings: Any, policy: Path) -> Dataset:
     """The host room's own steps, from the host's data set to the one that is trained on."""
     room: Any = importlib.import_module("poft_plugin.hosts.axolotl.datasets")
-    part = room.HostRows.of(load_from_disk(stored))
+    part = HostRows.of(load_from_disk(stored), "datasets")
     unique = part.rows.unique()
     found = synthetic.prepared(reference_rewards, unique, settings, RunContext("train"))
-    joined = room.join(part, unique, found)
-    return room._finished(joined, _Unranked(), None)
+    cfg = DictDefault(base_model=str(policy), micro_batch_size=1)
+    return room._finished(join_columns(part, unique, found), _Unranked(), cfg)
 
 
 class _Unranked:

@@ -175,7 +175,7 @@ def batch(
     """
     packed = bool(samples) and not isinstance(samples[0], Sample)
     cfg = SimpleNamespace(sample_packing=packed)
-    collator = host_collator(cfg, registry().methods[method], is_eval=False)
+    collator = host_collator(cfg, registry().methods[method], is_eval=False, frequencies_vary=False)
     collate = collator(tiny_tokenizer(), padding=True, pad_to_multiple_of=MULTIPLE, return_tensors="pt")
     numbered: list[Any] = [samples] if not packed else list(samples)
     rows = [[_row(sample, columns, shared=shared) for sample in pack] for pack in numbered]

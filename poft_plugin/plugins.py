@@ -128,7 +128,6 @@ class _Table(Generic[Item]):
 
 def _check_preprocessors(method: "Method", found: Registry, packages: Mapping[str, str]) -> None:
     """A method's preprocessors are there, and read its block or that of the method that it wraps."""
-    blocks = [(each.block, load_object(each.config)) for each in (method, method.base) if each is not None]
     for name in method.preprocessors:
         title = f"rl type {method.name!r} ({found.packages[method.name]}): its preprocessor {name!r}"
         if name not in found.preprocessors:
@@ -139,6 +138,7 @@ def _check_preprocessors(method: "Method", found: Registry, packages: Mapping[st
                 f"{title} ({packages[name]}) does not declare what it reads: decorate it with "
                 "`@preprocessor(reads=...)` of poft_plugin.scoring.jobs"
             )
+        blocks = [(each.block, load_object(each.config)) for each in (method, method.base) if each is not None]
         if not any(issubclass(block, reads) for _, block in blocks):
             described = " and ".join(f"`{key}:` ({block.__name__})" for key, block in blocks)
             raise ValueError(f"{title} ({packages[name]}) reads a {reads.__name__}; the method's block is {described}")

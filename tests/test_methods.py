@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from poft_plugin import plugins
-from poft_plugin.config import Block, RankingConfig
+from poft_plugin.config import Block, DeftConfig
 from poft_plugin.data.preparation import Prepared
 from poft_plugin.hookspecs import hookimpl
 from poft_plugin.methods import METHODS, Method, deft
@@ -37,7 +37,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     plugins.registry.cache_clear()
 
 
-def registered(method: Method) -> None:
+def registered(method: Method, reads: type[Block] = Block) -> None:
     """Another package that registers this method."""
 
     def register_methods(register: Callable[[Method], None]) -> None:
@@ -45,7 +45,7 @@ def registered(method: Method) -> None:
 
     def register_preprocessors(register: Callable[[str, Preprocessor], None]) -> None:
         for name in ("toy_rewards", "toy_counts"):
-            register(name, Preprocessor(lambda rows, settings, context: Prepared({}), RankingConfig))
+            register(name, Preprocessor(lambda rows, settings, context: Prepared({}), reads))
 
     hooks = {hook.__name__: hookimpl(hook) for hook in (register_methods, register_preprocessors)}
     plugins.manager().register(SimpleNamespace(**hooks))
@@ -134,6 +134,20 @@ class ToyBlock(Block):
     strength: float | None = None
 
 
+def test_a_preprocessor_gets_the_block_that_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The wrapper's own come first; a method's own block is read where the wrapper's is none of its kind."""
+    from poft_plugin.hosts.axolotl.run import MethodRun
+
+    monkeypatch.setitem(sys.modules, "toy", SimpleNamespace(Config=ToyBlock))
+    registered(replace(RANKED_TOY, name="deep", preprocessors=("toy_rewards",), config="toy:Config"), reads=ToyBlock)
+    inner, outer = ToyBlock(), DeftConfig(omega=0.0)
+    run = MethodRun(plugins.registry().methods["deft_deep"], outer, (), None, inner)
+    (scores, first), (rewards, second) = run.preprocessors("all")
+    assert (scores, first) == (plugins.registry().preprocessors["response_scores"], outer)
+    assert (rewards, second) == (plugins.registry().preprocessors["toy_rewards"], inner)
+    assert [block for _, block in run.preprocessors("training")] == [outer]
+
+
 @pytest.fixture
 def take_over() -> Callable[..., Any]:
     """What the host's plugin does first with a raw config."""
@@ -146,7 +160,7 @@ def take_over() -> Callable[..., Any]:
 def toy_in_reach(monkeypatch: pytest.MonkeyPatch) -> None:
     """The ranked toy, its block in a module that can be imported."""
     monkeypatch.setitem(sys.modules, "toy", SimpleNamespace(Config=ToyBlock))
-    registered(replace(RANKED_TOY, keys=None, unread=()))
+    registered(replace(RANKED_TOY, keys=None, unread=(), config="toy:Config", preprocessors=("toy_rewards",)))
 
 
 @pytest.mark.usefixtures("toy_in_reach")

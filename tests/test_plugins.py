@@ -11,9 +11,11 @@ import pluggy
 import pytest
 
 from poft_plugin import hookspecs, methods, plugins
+from poft_plugin.config import DeftConfig
 from poft_plugin.hookspecs import hookimpl
 from poft_plugin.methods import METHODS, Method, deft
 from poft_plugin.plugins import OURS_ONLY, load_object
+from poft_plugin.scoring.jobs import Preprocessor
 
 TOY = Method(name="toy", paper="none", block="toy", config="toy:Config", step="toy:step", loss="toy_loss")
 SHIPPED = (*METHODS, *(method for base in METHODS if (method := deft(base)) is not None))
@@ -137,12 +139,31 @@ def test_a_name_that_is_taken_is_refused(hook: str, item: list[Any], kind: str) 
         plugins.registry()
 
 
-def registers(*items: Any, hook: str = "register_methods") -> None:
-    """Another package that registers these by one hook."""
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        (None, r"its preprocessor 'toy_columns' is not registered; known: .*grades"),
+        (print, r"its preprocessor 'toy_columns' \(.*\) does not declare what it reads: .*@preprocessor\(reads="),
+        (
+            Preprocessor(print, DeftConfig),
+            r"its preprocessor 'toy_columns' \(.*\) reads a DeftConfig; .* `poft:` \(PoftConfig\)$",
+        ),
+    ],
+)
+def test_a_preprocessor_has_to_fit_its_method(item: Any, message: str) -> None:
+    registers(replace(METHODS[0], name="toy", preprocessors=("toy_columns",)))
+    if item is not None:
+        registers("toy_columns", item, hook="register_preprocessors", apart=True)
+    with pytest.raises(ValueError, match=r"^rl type 'toy' \(.*\): " + message):
+        plugins.registry()
 
-    def implementation(register: Callable[[Any], None]) -> None:
-        for item in items:
-            register(item)
+
+def registers(*items: Any, hook: str = "register_methods", apart: bool = False) -> None:
+    """Another package that registers these by one hook; or, `apart`, one item by its name."""
+
+    def implementation(register: Callable[..., None]) -> None:
+        for item in [items] if apart else [(item,) for item in items]:
+            register(*item)
 
     plugins.manager().register(SimpleNamespace(**{hook: hookimpl(implementation)}))
 

@@ -110,7 +110,7 @@ def test_third_party_method(models: SimpleNamespace, tmp_path: Path, third_party
         "config.yml",
         "--launcher",
         "python",
-        PYTHONPATH=str(third_party),
+        PYTHONPATH=os.pathsep.join([str(third_party), *filter(None, [os.environ.get("PYTHONPATH")])]),
         AXOLOTL_LOG_LEVEL="INFO",
         AXOLOTL_DATASET_NUM_PROC="0",
     )
@@ -134,7 +134,7 @@ def test_third_party_preferences_inside_deft(models: SimpleNamespace, tmp_path: 
         "config.yml",
         "--launcher",
         "python",
-        PYTHONPATH=str(third_party),
+        PYTHONPATH=os.pathsep.join([str(third_party), *filter(None, [os.environ.get("PYTHONPATH")])]),
         AXOLOTL_DATASET_NUM_PROC="0",
     )
     best = sorted(rows, key=lambda row: -row["scores"][0])[:6]

@@ -156,7 +156,7 @@ def test_a_reference_that_is_not_there_is_told_before_data_are_read(
     models: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "poft_plugin.hosts.axolotl.datasets.load_host_datasets", lambda **_: pytest.fail("data were read first")
+        "poft_plugin.hosts.axolotl.host_rows.load_host_datasets", lambda **_: pytest.fail("data were read first")
     )
     with pytest.raises(ValueError, match=r"reference ./gone: no such folder.*Correct `model:`"):
         hosting.train(config(models, tmp_path, poft={"references": [{"model": "./gone"}]}))

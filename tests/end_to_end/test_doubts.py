@@ -12,7 +12,7 @@ import tiny
 from axolotl.cli.main import cli
 from click.testing import CliRunner
 
-from poft_plugin.hosts.axolotl import datasets
+from poft_plugin.hosts.axolotl import stages
 from poft_plugin.report.grading import COIN_TOSSING
 
 ROWS = 60
@@ -30,7 +30,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
 def warned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is said of data sets."""
     lines: list[str] = []
-    monkeypatch.setattr(datasets.LOG, "warning", lines.append)
+    monkeypatch.setattr(stages.LOG, "warning", lines.append)
     return lines
 
 
@@ -48,7 +48,7 @@ def poft(*arguments: str) -> str:
     return done.output
 
 
-@pytest.mark.parametrize(("kept", "says"), [(datasets.FEW_ROWS, False), (datasets.FEW_ROWS - 1, True), (1, True)])
+@pytest.mark.parametrize(("kept", "says"), [(stages.FEW_ROWS, False), (stages.FEW_ROWS - 1, True), (1, True)])
 def test_few_rows_left_by_a_percentage(
     models: SimpleNamespace, in_folder: Path, warned: list[str], *, kept: int, says: bool
 ) -> None:

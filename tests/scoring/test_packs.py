@@ -114,13 +114,13 @@ def in_float64(one: Any) -> Iterator[None]:
 def test_packs_give_what_separate_forwards_give(kinds: dict[str, Any], kind: str) -> None:
     one, rows = kinds[kind], texts_with_prefixes(300)
     assert one.pack_length > 0
-    single = {row.key: one._scores([row], packed=False)[0].reward for row in rows}
+    single = {row.key: one._scores([row], packed=False)[0].value for row in rows}
     for budget in (30, 10_000):
         for batch in batches_for(one, rows, budget):
             for score in one.score(batch):
                 assert score.value == pytest.approx(single[score.key], rel=1e-5, abs=1e-5)
     with in_float64(one):
-        exact = {row.key: one._scores([row], packed=False)[0].reward for row in rows}
+        exact = {row.key: one._scores([row], packed=False)[0].value for row in rows}
         # the others round to float32 somewhere: the head's sums, or a score at the end
         tolerance = EXACT if kind == "llama" else 1e-6
         for score in one._scores(sorted(rows, key=lambda row: row.input_ids.tobytes()), packed=True):
@@ -147,7 +147,7 @@ def test_a_window_keeps_long_rows_out(models: SimpleNamespace, tmp_path: Path) -
     assert one.pack_length == 16
     rows = texts_with_prefixes(300)
     assert min(map(len, rows)) <= 16 < max(map(len, rows))
-    single = {row.key: one._scores([row], packed=False)[0].reward for row in rows}
+    single = {row.key: one._scores([row], packed=False)[0].value for row in rows}
     for batch in batches_for(one, rows, 64):
         for score in one.score(batch):
             assert score.value == pytest.approx(single[score.key], rel=1e-5)

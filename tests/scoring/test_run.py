@@ -106,7 +106,7 @@ def test_a_damaged_score_is_named_and_made_again(
     assert score_missing(scorer(models.ref_a, cache), ROWS, cache, **run) == 1
     assert f"1 lines cannot be scores, the first of row key {key}: reward {reward}" in capsys.readouterr().out
     again = cache.lookup(reference.identity, ROWS.keys)
-    np.testing.assert_allclose(again.rewards, before.rewards, rtol=1e-6)
+    np.testing.assert_allclose(again.values, before.values, rtol=1e-6)
     np.testing.assert_array_equal(again.num_tokens, before.num_tokens)
 
 

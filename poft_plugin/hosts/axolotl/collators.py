@@ -6,20 +6,20 @@ from axolotl.utils.collators import DataCollatorForSeq2Seq, V2BatchSamplerDataCo
 
 from poft_plugin.data.collate import MethodCollator
 from poft_plugin.data.columns import ROW_INDEX, SCORES
-from poft_plugin.hosts.axolotl.rotary import varies
 from poft_plugin.method import Method
 
 
-def host_collator(cfg: Any, method: Method, *, is_eval: bool) -> type[MethodCollator]:
+def host_collator(cfg: Any, method: Method, *, is_eval: bool, frequencies_vary: bool) -> type[MethodCollator]:
     """A collator class that the host constructs with its tokenizer and padding settings.
 
     Args:
         cfg: the host's config.
         method: whose columns the batches carry; scores of responses too, where the rows have them.
         is_eval: for the evaluation set, which is never packed.
+        frequencies_vary: whether the policy's rotary frequencies depend on what shares a batch (`rotary.varies`).
     """
     packed = bool(cfg.sample_packing) and not is_eval
-    count_positions = not packed and varies(cfg)
+    count_positions = not packed and frequencies_vary
     tokens = V2BatchSamplerDataCollatorForSeq2Seq if packed else DataCollatorForSeq2Seq
 
     class HostCollator(MethodCollator):

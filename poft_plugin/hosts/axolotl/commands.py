@@ -12,6 +12,7 @@ from axolotl.utils.dict import DictDefault
 
 from poft_plugin.data.columns import LEVEL, ROW_NUMBER, SCORES, SOURCE
 from poft_plugin.data.preparation import Rows, RunContext
+from poft_plugin.data.render import Rendered
 from poft_plugin.hosts.axolotl.datasets import run_context
 from poft_plugin.hosts.axolotl.entries import ENTRIES, SALT_FIELD
 from poft_plugin.hosts.axolotl.plugin import PoftPlugin
@@ -69,18 +70,17 @@ class Session:
 
     def plan(self, batches: int | None) -> None:
         """Prints the plan, with `batches` the time of that many of each model; and grades that need no scoring."""
-        planned = list(self.stages.planned())
-        asked = [(job, stage.at_most) for stage in planned for job in stage.stage.jobs]
-        if asked:
-            self._print_plan(asked, batches)
-        else:
-            console.print("nothing to score: no model is asked for with these settings")
+        self._plan_scoring(batches)
         if is_complete(self.stages.first):
             _ = self.stages.graded  # prints what its preprocessors have to say of the rows
         elif self.run.preprocessors("training"):
             console.print("grades: after scoring, here again")
 
-    def _print_plan(self, asked: list[tuple[AskedJob, bool]], batches: int | None) -> None:
+    def _plan_scoring(self, batches: int | None) -> None:
+        asked = [(job, planned.at_most) for planned in self.stages.planned() for job in planned.stage.jobs]
+        if not asked:
+            console.print("nothing to score: no model is asked for with these settings")
+            return
         opened = [job.open() for job, _ in asked]
         planned = [
             plan_job(found, job.cache, at_most=at_most) for (job, at_most), found in zip(asked, opened, strict=True)
@@ -106,13 +106,13 @@ class Session:
     def score(self, engine: Engine | None = None) -> None:
         """Scores what is missing, stage by stage: grading and filters come between."""
         if self.context.rank == 0:
-            self.plan(None)
+            self._plan_scoring(None)
         stages = RunStages(self.cfg, self.run, self.context, engine)
         _ = stages.kept
 
     def score_share(self, share: Share) -> None:
         """Scores one share of what is missing; a stage that is behind other shares' scores is left for later."""
-        self.plan(None)
+        self._plan_scoring(None)
         for planned in self.stages.planned():
             for asked in planned.stage.jobs:
                 if planned.at_most:
@@ -124,18 +124,20 @@ class Session:
 
     def show(self, count: int) -> None:
         """Prints the first rows as each model sees them, counted tokens marked: all responses of a row together."""
-        asked = [job for planned in self.stages.planned() for job in planned.stage.jobs]
-        if not asked:
-            console.print("nothing to show: no model reads these rows (`axolotl preprocess --debug` prints what the "
-                          "policy reads)")  # fmt: skip
+        opened = [job.open() for planned in self.stages.planned() for job in planned.stage.jobs]
+        shown = [(each, index, row) for each in opened for index, row in _rendered(each, count)]
+        if not shown:
+            console.print("nothing to show: no reference and no reward model reads these rows (`axolotl preprocess "
+                          "--debug` prints what the policy reads)")  # fmt: skip
         elif not console.is_terminal:
             console.print("each token that counts is between « and »")
-        for job in asked:
-            opened = job.open()
-            if opened.scorer is None:
-                console.print(f"{opened.label}: imported scores, no model to show")
-            else:
-                _show_job(opened, count)
+        for each in opened:
+            if each.scorer is None:
+                console.print(f"{each.label}: imported scores, no model to show")
+        for each, index, row in shown:
+            title = f"{each.label}: {each.job.rows.title(index)}"
+            console.rule(f"{title}: {row.num_counted} of {len(row.input_ids)} tokens counted")
+            console.print(marked(row, in_colour=console.color_system is not None))
 
     def export(self, out: str, *, list_rows: bool, levels: tuple[str, ...], jsonl: bool) -> None:
         """Writes the cached scores, or the graded rows themselves.
@@ -195,20 +197,12 @@ def _scored(asked: AskedJob) -> Scored:
     return Scored(asked.job, opened.lookup(asked.cache), opened.identity)
 
 
-def _show_job(opened: OpenedJob, count: int) -> None:
-    rows = opened.job.rows
-    assert opened.scorer is not None
-    for index in _first(rows, count):
-        rendered = opened.scorer.render_row(rows, index)
-        if rendered is None:
-            console.print(
-                f"{opened.job.kind} {opened.label}: its rows are the policy's own tokens (`axolotl preprocess --debug` "
-                "prints them)"
-            )
-            return
-        title = f"{opened.label}: {rows.title(index)}"
-        console.rule(f"{title}: {rendered.num_counted} of {len(rendered.input_ids)} tokens counted")
-        console.print(marked(rendered, in_colour=console.color_system is not None))
+def _rendered(opened: OpenedJob, count: int) -> Iterator[tuple[int, Rendered]]:
+    """The job's first rows, as far as its scorer reads text."""
+    for index in _first(opened.job.rows, count):
+        rendered = None if opened.scorer is None else opened.scorer.render_row(opened.job.rows, index)
+        if rendered is not None:
+            yield index, rendered
 
 
 def _first(rows: Rows, count: int) -> Iterator[int]:

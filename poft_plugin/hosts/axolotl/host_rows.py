@@ -83,7 +83,7 @@ def load_host_rows(cfg: DictDefault) -> tuple[HostRows, HostRows | None, int | N
     return train, replace(whole.select(aside), name=evaluated), meta.total_num_steps
 
 
-def unique_rows(train: HostRows | None, evaluation: HostRows | None) -> Rows:
+def unique_rows(train: HostRows | None, evaluation: HostRows | None = None) -> Rows:
     """Every row of both sets once; a row that is in both is an evaluation row.
 
     Raises:

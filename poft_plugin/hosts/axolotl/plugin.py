@@ -117,8 +117,9 @@ class PoftPlugin(BasePlugin):  # type: ignore[misc]
         if run is None:
             return None
         from poft_plugin.hosts.axolotl.collators import host_collator
+        from poft_plugin.hosts.axolotl.rotary import varies
 
-        return host_collator(cfg, run.method, is_eval=is_eval), {}
+        return host_collator(cfg, run.method, is_eval=is_eval, frequencies_vary=varies(cfg)), {}
 
     @one_message()
     def get_trainer_cls(self, cfg: DictDefault) -> Any:

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from poft_plugin.hosts.axolotl.collators import host_collator
+from poft_plugin.hosts.axolotl.rotary import varies
 from poft_plugin.methods import PRO
 
 BOUND = 64
@@ -178,4 +179,4 @@ def test_other_policies_get_no_position_ids(models: SimpleNamespace, tmp_path: P
     for policy, counts in ((models.policy, False), (policies["longrope"], True)):
         cfg = hosting.load_config(config(tmp_path, models, policy, rows(SHORT)))
         tokenizer = SimpleNamespace(padding_side="right")
-        assert host_collator(cfg, PRO, is_eval=False)(tokenizer).count_positions == counts
+        assert host_collator(cfg, PRO, is_eval=False, frequencies_vary=varies(cfg))(tokenizer).count_positions == counts
