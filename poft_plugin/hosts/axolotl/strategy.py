@@ -166,7 +166,9 @@ class MethodStrategy(DatasetWrappingStrategy):
             raise RowError(f"{where}: Axolotl makes no token of the row: {shown(dict(read.row))}. Remove it")
         conversation = read.conversation
         if len(tokens["input_ids"]) <= self._longest:  # the host leaves others out, and has cut some types' texts
-            conversation = self._trained_text.check(conversation, tokens["labels"], where)
+            labels = self._trained_text.completed(conversation, tokens["input_ids"], tokens["labels"])
+            conversation = self._trained_text.check(conversation, labels, where)
+            tokens = {**tokens, "labels": labels}
         text = dump_conversation(conversation)
         if printable(text) != text:
             raise RowError(
