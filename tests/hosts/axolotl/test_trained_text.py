@@ -1,5 +1,6 @@
 """One text for everyone: what the host's labels train is the response, and references count the same tokens."""
 
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -329,7 +330,9 @@ def test_the_coefficient_begins_at_one_half(models: SimpleNamespace, tmp_path: P
         dataset_prepared_path=str(tmp_path / "prepared"),
         learning_rate=1e-12,
     )
+    interrupt = signal.getsignal(signal.SIGINT)
     logs = hosting.train(path).logs
+    assert signal.getsignal(signal.SIGINT) == interrupt  # the host's own would save the model into `./out`
     assert len(logs) == 2 * len(LAW_ROWS)
     for log in logs:
         assert log["poft/coefficient"] == pytest.approx(0.5, abs=1e-5)
