@@ -20,7 +20,7 @@ from poft_plugin.data.preparation import Columns, Prepared, Purpose, Rows, RunCo
 from poft_plugin.data.split import evaluation_rows
 from poft_plugin.hosts.axolotl.checks import check_packing, check_share_prompt
 from poft_plugin.hosts.axolotl.entries import SUPPORTED_TYPES
-from poft_plugin.hosts.axolotl.left_out import nothing_left, set_name
+from poft_plugin.hosts.axolotl.left_out import left_out_lines, nothing_left, set_name
 from poft_plugin.hosts.axolotl.policy import check_linear_head, check_no_window, policy_of
 from poft_plugin.hosts.axolotl.ranked_datasets import (
     RANKED_COLUMNS,
@@ -97,11 +97,21 @@ def load_host_rows(cfg: DictDefault) -> tuple[HostRows, HostRows | None, int | N
     trained, evaluated = (set_name(cfg, evaluation=evaluation) for evaluation in (False, True))
     if meta.eval_dataset is None or cfg.test_datasets:
         evaluation = None if meta.eval_dataset is None else HostRows.of(meta.eval_dataset, evaluated)
-        return HostRows.of(meta.train_dataset, trained), evaluation, meta.total_num_steps
+        train = HostRows.of(meta.train_dataset, trained)
+        _report_left_out([train] if evaluation is None else [train, evaluation])
+        return train, evaluation, meta.total_num_steps
     whole = HostRows.of(concatenate_datasets([meta.train_dataset, meta.eval_dataset]), trained)
+    _report_left_out([whole])
     aside = evaluation_rows(whole.rows.keys.to_pylist(), len(meta.eval_dataset))
     train = _selected(whole, ~aside, f"for evaluation (val_set_size: {cfg.val_set_size})")
     return train, replace(whole.select(aside), name=evaluated), meta.total_num_steps
+
+
+def _report_left_out(parts: Sequence[HostRows]) -> None:
+    """Said in each command, also where the host reads rows that it prepared before."""
+    if RunContext.from_environment("score").rank == 0:
+        for line in left_out_lines(part.rows.table for part in parts):
+            print(line, flush=True)
 
 
 def unique_rows(train: HostRows | None, evaluation: HostRows | None) -> Rows:
@@ -261,7 +271,7 @@ def _finished(part: HostRows, run: MethodRun, cfg: DictDefault, *, packed: bool 
         return dataset
     columns: dict[str, Sequence[float] | np.ndarray] = dict(part.rows.attached)
     columns[ROW_INDEX] = np.arange(len(part.rows))
-    texts = [name for name in (CONVERSATION, GROUP) if name in part.dataset.column_names]
+    texts = [name for name in (CONVERSATION, GROUP, LEFT_OUT) if name in part.dataset.column_names]
     return concatenate_datasets([part.dataset.remove_columns(texts), Dataset.from_dict(columns)], axis=1)
 
 

@@ -22,6 +22,7 @@ from poft_plugin.data.columns import (
     CONVERSATION,
     DROPPABLE,
     GROUP,
+    LEFT_OUT,
     RANKED_INPUT_IDS,
     RANKED_LABELS,
     ROW_KEY,
@@ -33,6 +34,7 @@ from poft_plugin.data.ranked import RankedSample
 from poft_plugin.data.rows import Conversation, RowError, raise_row_errors
 from poft_plugin.hosts.axolotl.chat_templates import with_fixed_date
 from poft_plugin.hosts.axolotl.entries import Entry
+from poft_plugin.hosts.axolotl.left_out import LEFT_OUT_TYPE, without
 from poft_plugin.hosts.axolotl.ranked_rows import ranked_reader, unread_columns
 from poft_plugin.hosts.axolotl.reading import HOST_ERRORS
 from poft_plugin.hosts.axolotl.reasoning import as_messages, folded
@@ -136,6 +138,7 @@ class RankedStrategy(DatasetWrappingStrategy):
             SOURCE: self.entry.label,
             ROW_NUMBER: index,
             DROPPABLE: self.entry.ranked.fields.drops(str(self.entry.raw["type"])),
+            LEFT_OUT: [],
             ERROR: "",
             UNUSABLE: "",
             UNREAD: [],
@@ -201,7 +204,7 @@ class RankedStrategy(DatasetWrappingStrategy):
             print(f"{label}: {unusable.sum()} of {len(rows)} rows left out; the first: {first}", flush=True)
         if any(rows[ALIKE]):
             self._report_alike(rows, alike)
-        return rows.select(np.flatnonzero(~unusable & ~alike)) if (unusable | alike).any() else rows
+        return without(rows, unusable | alike)
 
     def _report_alike(self, rows: Dataset, alike: np.ndarray) -> None:
         counts, numbers, reasons = (np.array(list(rows[name])) for name in (ALIKE, ROW_NUMBER, UNUSABLE))
@@ -240,6 +243,7 @@ def _features(group_column: str | None) -> Features:
         | {
             ROW_NUMBER: Value("int64"),
             DROPPABLE: Value("bool"),
+            LEFT_OUT: LEFT_OUT_TYPE,
             ALIKE: Value("int32"),
             UNREAD: Sequence(Value("string")),
         }

@@ -93,7 +93,7 @@ DEFT = (
 """Places in a config, with dots between."""
 
 
-def _changed(config: Any, place: str, value: Any) -> dict[str, Any]:
+def changed(config: Any, place: str, value: Any) -> dict[str, Any]:
     """A copy of a config with another value at a place."""
     changed = copy.deepcopy(config)
     *path, last = [int(part) if part.isdigit() else part for part in place.split(".")]
@@ -129,9 +129,9 @@ def configs(models: SimpleNamespace, folder: Path) -> Iterator[Trial]:
     for config, places in ((poft, POFT), (deft, DEFT)):
         for place in places:
             for name, value in WRONG.items():
-                changed = _changed(config, place, value)
+                other = changed(config, place, value)
                 leaf = [part for part in place.split(".") if not part.isdigit()][-1].removesuffix("s")
-                yield Trial("config", f"{place}: {name}", leaf, lambda changed=changed: _register(changed))
+                yield Trial("config", f"{place}: {name}", leaf, lambda other=other: _register(other))
 
 
 def _register(config: dict[str, Any]) -> None:
@@ -231,8 +231,8 @@ def files(models: SimpleNamespace, folder: Path) -> Iterator[Trial]:
             (f"{reference}.chat_template", at), ("poft.references", [{"scores": at, "name": "s"}]),
             (f"{reference}.model", at), ("poft.score_cache", at),
         ):  # fmt: skip
-            changed = _changed(config, place, value)
-            yield Trial("file", f"{place}: {there}", there, lambda changed=changed: _register(changed))
+            other = changed(config, place, value)
+            yield Trial("file", f"{place}: {there}", there, lambda other=other: _register(other))
 
 
 def _note_reader(folder: Path, note: str) -> Callable[[], Any]:
