@@ -77,7 +77,10 @@ class TrainedText:
             raise RowError(f"{where}: {error}. {_remedy(conversation)}") from None
 
     def completed(self, conversation: Conversation, input_ids: Sequence[int], labels: Sequence[int]) -> list[int]:
-        """The labels with the beginnings of responses that are written word for word but not labelled.
+        """The labels of whole responses, and of nothing before them.
+
+        Beginnings that are written word for word but not labelled are added; tokens of white space that is not the
+        response's are taken off (`type: alpaca` encodes an answer apart, before which SentencePiece puts a space).
 
         Args:
             conversation: the row.
@@ -88,16 +91,26 @@ class TrainedText:
             The same labels where nothing is missing, or what is missing does not stand right before.
         """
         found = [int(label) for label in labels]
-        cores = [turn.content.strip() for turn in conversation if turn.counted]
+        contents = [turn.content for turn in conversation if turn.counted]
         runs = _runs(found)
-        if len(runs) != len(cores):
+        if len(runs) != len(contents):
             return found
         free = 0  # the first token that belongs to no response before
-        for core, (start, end) in zip(cores, runs, strict=True):
-            begin = self._beginning(core, input_ids[free:end], start - free)
-            found[free + begin : start] = input_ids[free + begin : start]
+        for content, (start, end) in zip(contents, runs, strict=True):
+            begin = free + self._beginning(content.strip(), input_ids[free:end], start - free)
+            found[begin:start] = input_ids[begin:start]
+            if not content[:1].isspace():
+                blank = self._blank(input_ids[begin:end])
+                found[begin : begin + blank] = [IGNORED] * blank
             free = end
         return found
+
+    def _blank(self, ids: Sequence[int]) -> int:
+        """How many tokens at the beginning hold nothing but white space."""
+        blank = 0
+        while blank < len(ids) - 1 and ids[blank] not in self._marks and not self._decode([[ids[blank]]])[0].strip():
+            blank += 1
+        return blank
 
     def _beginning(self, core: str, ids: Sequence[int], start: int) -> int:
         """Where in tokens that end with a labelled run a response begins: at `start`, or before it."""

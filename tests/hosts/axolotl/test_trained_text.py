@@ -221,6 +221,16 @@ def test_any_tokenizers_labels_are_read_back(any_tokenizer: Any, contents: list[
         TrainedText(any_tokenizer).check(turns, [*labels, *more], "row")
 
 
+def test_a_space_that_the_tokenizer_puts_before_a_response_is_not_trained_on() -> None:
+    """`type: alpaca` encodes an answer apart, so that SentencePiece writes one; one of the response's own stays."""
+    tokenizer = metaspace()
+    ids = tokenizer("a", add_special_tokens=False)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["▁", "a"]
+    reader, labels = TrainedText(tokenizer), [*ids, tokenizer.eos_token_id]
+    assert reader.completed((Turn("assistant", "a", True),), labels, labels) == [IGNORED, *labels[1:]]
+    assert reader.completed((Turn("assistant", " a", True),), labels, labels) == labels
+
+
 # Law 2: a token counts only by characters of the response
 
 
