@@ -1,6 +1,6 @@
 """The scorer of DEFT: a reward model's logit for a prompt with its response, under the model's own template."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -140,17 +140,20 @@ class RewardModelScorer(PretrainedScorer):
             self._cut_responses.add(key)
         return row
 
-    def remark(self, prepared: Sequence[PreparedRow]) -> str | None:
-        """How many of these rows were cut, and how many lost part of their response."""
+    def tally(self, prepared: Sequence[PreparedRow]) -> dict[str, int]:
+        """Also how many of these rows were cut, and how many lost part of their response."""
         cut = sum(row.key in self._cut for row in prepared)
-        lost = sum(row.key in self._cut_responses for row in prepared)
-        skipped = self.skipped_remark(prepared)
-        if not cut:
-            return skipped
-        return (f"{skipped}\n" if skipped else "") + (
-            f"{self.title}: {cut:,} of {len(prepared):,} rows longer than {self.max_length} tokens, cut on the left; "
-            f"{lost:,} lost part of the response"
-        )
+        return {**super().tally(prepared), "cut": cut, "lost": sum(row.key in self._cut_responses for row in prepared)}
+
+    def remark(self, counts: Mapping[str, int]) -> str | None:
+        """What its template leaves out, and what was cut."""
+        remarks = [self.skipped_remark(counts)]
+        if counts.get("cut"):
+            remarks.append(
+                f"{self.title}: {counts['cut']:,} of {counts['rows']:,} rows longer than {self.max_length} tokens, cut "
+                f"on the left; {counts['lost']:,} lost part of the response"
+            )
+        return "\n".join(filter(None, remarks)) or None
 
     def flops(self, tokens: int, response_tokens: int) -> float:
         """Of one forward: `2 x parameters` per token, embeddings aside."""

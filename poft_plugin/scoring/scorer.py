@@ -137,8 +137,12 @@ class Scorer(Protocol):
         """Tokenizes one of the rows, whatever its length; `RowError` where it cannot be scored."""
         ...
 
-    def remark(self, prepared: Sequence[PreparedRow]) -> str | None:
-        """What preparing did to these rows that a user should know, in one line; None for nothing."""
+    def tally(self, prepared: Sequence[PreparedRow]) -> dict[str, int]:
+        """What preparing did to these rows that a user should know, as numbers that add up over processes."""
+        ...
+
+    def remark(self, counts: Mapping[str, int]) -> str | None:
+        """The same in words, of such numbers; None for nothing."""
         ...
 
     def num_parameters(self) -> tuple[int, int]:

@@ -12,15 +12,10 @@ from poft_plugin.scoring.board import open_board
 from poft_plugin.scoring.cache import Lookup, ScoreCache
 from poft_plugin.scoring.checkpoints import Checkpoint, MissingCheckpointError, resolve_checkpoint
 from poft_plugin.scoring.exchange import ImportedScores, imported_scores
-from poft_plugin.scoring.run import (
-    accelerator,
-    prepare_missing,
-    refuse_long_rows,
-    score_prepared,
-    share_of,
-    wait_for_others,
-)
+from poft_plugin.scoring.findings import Findings, long_rows_error, long_rows_line, say, with_long_rows
+from poft_plugin.scoring.run import accelerator, prepare_missing, score_prepared, wait_for_others
 from poft_plugin.scoring.scorer import Identity, Scorer
+from poft_plugin.scoring.shares import share_of
 
 
 class ModelSettings(Protocol):
@@ -173,14 +168,18 @@ def score_all(
     """
     unscored = [_unscored(source, rows, cache, settings, run) for source in sources]
     shares = [share_of(run, source.scorer.devices) if source.scorer else None for source in sources]
-    prepared = [
-        prepare_missing(source.scorer, todo, cache, share) if source.scorer and share and len(todo) else []
-        for source, todo, share in zip(sources, unscored, shares, strict=True)
-    ]
-    for source, todo, ready, share in zip(sources, unscored, prepared, shares, strict=True):
-        if source.scorer is None or share is None:
+    boards = [open_board(run, source.scorer.identity, rows.keys) if source.scorer else None for source in sources]
+    prepared = []
+    for source, todo, share, board in zip(sources, unscored, shares, boards, strict=True):
+        if source.scorer and share and len(todo):
+            prepared.append(prepare_missing(source.scorer, todo, cache, share, board=board))
+        else:
+            prepared.append([])
+            if source.scorer and share:
+                say(source.scorer, Findings(), share, board)
+    for source, todo, ready, share, board in zip(sources, unscored, prepared, shares, boards, strict=True):
+        if source.scorer is None or share is None or board is None:
             continue
-        board = open_board(run, source.scorer.identity, rows.keys)
         if ready:
             device = accelerator(run, source.scorer.devices)
             score_prepared(source.scorer, ready, todo, cache, device=device, batch_tokens=settings.batch_tokens)
@@ -211,7 +210,11 @@ def _unscored(source: Source, rows: Rows, cache: ScoreCache, settings: ScoringBl
     if len(long):
         lengths = {rows.keys[int(i)].as_py(): -int(lookup.num_tokens[i]) for i in long}
         drops = source.scorer is not None and source.scorer.drops_long_rows
-        refuse_long_rows(label, rows, lengths, drop=drops, what=source.kind)
+        found = with_long_rows(Findings(), rows, lengths)
+        if not drops:
+            raise long_rows_error(label, found, what=source.kind)
+        if run.rank == 0:
+            print(f"{long_rows_line(label, source.kind, found)}: dropped", flush=True)
     if not missing:
         return Rows(rows.table.slice(0, 0), {})
     first = rows.where(int(np.flatnonzero(unknown)[0]))

@@ -15,8 +15,9 @@ from poft_plugin.scoring.cache import ScoreCache
 from poft_plugin.scoring.causal_lm import CausalLMScorer
 from poft_plugin.scoring.checkpoints import resolve_checkpoint
 from poft_plugin.scoring.reward_model import RewardModelScorer
-from poft_plugin.scoring.run import Share, prepare_missing, score_prepared
+from poft_plugin.scoring.run import prepare_missing, score_prepared
 from poft_plugin.scoring.scorer import Scorer
+from poft_plugin.scoring.shares import Share
 
 
 def conversation(row: dict[str, Any]) -> tuple[Turn, ...]:

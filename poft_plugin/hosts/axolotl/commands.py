@@ -29,7 +29,8 @@ from poft_plugin.scoring.pretrained import PretrainedScorer
 from poft_plugin.scoring.references import open_references, reference_rewards
 from poft_plugin.scoring.rewards import KIND as REWARD_MODEL
 from poft_plugin.scoring.rewards import needs_scores, open_reward_model, response_rows, rows_to_score
-from poft_plugin.scoring.run import Share, accelerator, prepare_missing, score_prepared
+from poft_plugin.scoring.run import accelerator, prepare_missing, score_prepared
+from poft_plugin.scoring.shares import Share
 from poft_plugin.scoring.sources import Source, check_revisions, score_all
 from poft_plugin.scoring.start_policy import KIND as START_POLICY
 from poft_plugin.scoring.start_policy import open_start_policy, token_rows
