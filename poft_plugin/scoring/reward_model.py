@@ -142,18 +142,16 @@ class RewardModelScorer(PretrainedScorer):
 
     def tally(self, prepared: Sequence[PreparedRow]) -> dict[str, int]:
         """Also how many of these rows were cut, and how many lost part of their response."""
-        cut = sum(row.key in self._cut for row in prepared)
-        return {**super().tally(prepared), "cut": cut, "lost": sum(row.key in self._cut_responses for row in prepared)}
+        cut, lost = (sum(row.key in keys for row in prepared) for keys in (self._cut, self._cut_responses))
+        return {**super().tally(prepared), "cut": cut, "lost": lost}
 
     def remark(self, counts: Mapping[str, int]) -> str | None:
         """What its template leaves out, and what was cut."""
-        remarks = [self.skipped_remark(counts)]
-        if counts.get("cut"):
-            remarks.append(
-                f"{self.title}: {counts['cut']:,} of {counts['rows']:,} rows longer than {self.max_length} tokens, cut "
-                f"on the left; {counts['lost']:,} lost part of the response"
-            )
-        return "\n".join(filter(None, remarks)) or None
+        cut = counts.get("cut") and (
+            f"{self.title}: {counts['cut']:,} of {counts['rows']:,} rows longer than {self.max_length} tokens, cut on the "
+            f"left; {counts['lost']:,} lost part of the response"
+        )
+        return "\n".join(line for line in (self.skipped_remark(counts), cut) if line) or None
 
     def flops(self, tokens: int, response_tokens: int) -> float:
         """Of one forward: `2 x parameters` per token, embeddings aside."""
