@@ -148,8 +148,8 @@ class RewardModelScorer(PretrainedScorer):
     def remark(self, counts: Mapping[str, int]) -> str | None:
         """What its template leaves out, and what was cut."""
         cut = counts.get("cut") and (
-            f"{self.title}: {counts['cut']:,} of {counts['rows']:,} rows longer than {self.max_length} tokens, cut on the "
-            f"left; {counts['lost']:,} lost part of the response"
+            f"{self.title}: {counts['cut']:,} of {counts['rows']:,} rows longer than {self.max_length} tokens, cut on "
+            f"the left; {counts['lost']:,} lost part of the response"
         )
         return "\n".join(line for line in (self.skipped_remark(counts), cut) if line) or None
 
