@@ -1,6 +1,7 @@
 """Axolotl inside the test's own process: one configuration after the other, with the trainer kept for inspection."""
 
 import gc
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,7 +86,11 @@ def train(path: Path, **overrides: Any) -> Recording:
     # the host collects garbage at every packing (half a second over all that tests have imported): let it find little
     gc.collect()
     gc.freeze()
-    do_train(cfg, TrainerCliArgs())
+    interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        do_train(cfg, TrainerCliArgs())
+    finally:  # an interrupt of the tests would make the host's handler write this model into `./out`, wherever that is
+        signal.signal(signal.SIGINT, interrupt)
     return RecorderPlugin.recording
 
 

@@ -102,4 +102,4 @@ def test_every_section_is_in_the_table() -> None:
 
 def test_there_are_sections() -> None:
     assert len([layout for layout in LAYOUTS if layout.method == "deft_pro"]) >= 20
-    assert len([layout for layout in LAYOUTS if layout.method == "poft"]) >= 3
+    assert len([layout for layout in LAYOUTS if layout.method == "poft"]) >= 9

@@ -16,7 +16,7 @@ DROPPABLE = "droppable"
 """Whether a row which cannot be used is to be left out, as its data set or the method's block says."""
 
 LEFT_OUT = "left_out"
-"""Conversations: how many rows of the row's data set were left out, because they cannot be used."""
+"""Which rows of the row's data set were left out when it was read: how many, of how many, numbers of the first ones."""
 
 GROUP = "group"
 """Value of the column that a filter works within, as text; present only where one is asked for."""

@@ -79,12 +79,13 @@ def load_conversation(text: str) -> Conversation:
     return tuple(Turn(*turn) for turn in json.loads(text))
 
 
-def checked_conversation(turns: Iterable[Turn], where: str) -> Conversation:
+def checked_conversation(turns: Iterable[Turn], where: str, *, field: str = "content") -> Conversation:
     """Refuses a conversation without a response.
 
     Args:
         turns: the turns of a row.
         where: names the row in errors, such as `data.jsonl row 3`.
+        field: where the response's text is, for errors.
 
     Raises:
         RowError: if no turn counts, or a turn that counts is not an assistant's or is blank.
@@ -104,7 +105,7 @@ def checked_conversation(turns: Iterable[Turn], where: str) -> Conversation:
             )
         if not turn.content.strip():
             raise RowError(
-                f"{where}: a row without a response: an assistant turn that is trained on has no text. "
+                f"{where}: a row without a response: an assistant turn that is trained on has no text under {field!r}. "
                 "Remove the row or fill in the answer"
             )
     return conversation

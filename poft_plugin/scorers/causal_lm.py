@@ -1,6 +1,6 @@
 """The scorer of PoFT: a causal language model's mean log-probability of the response, under its own template."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -198,14 +198,17 @@ class CausalLMScorer(PretrainedScorer):
                 "used"
             )
 
-    def remark(self, prepared: Sequence[PreparedRow]) -> str | None:
+    def tally(self, prepared: Sequence[PreparedRow]) -> dict[str, int]:
+        """Also rows without the token that ends a response."""
+        return {**super().tally(prepared), "lacking": sum(row.lacks_end for row in prepared)}
+
+    def remark(self, counts: Mapping[str, int]) -> str | None:
         """What its template leaves out: turns of the prompt, or the token that ends a response."""
-        lacking = sum(row.lacks_end for row in prepared)
-        remarks = [self.skipped_remark(prepared)]
-        if lacking:
+        remarks = [self.skipped_remark(counts)]
+        if counts.get("lacking"):
             remarks.append(
-                f"{self.title}: {lacking:,} of {len(prepared):,} rows are scored without an end-of-turn token, which "
-                "the policy is trained on: its template writes no special token there"
+                f"{self.title}: {counts['lacking']:,} of {counts['rows']:,} rows are scored without an end-of-turn "
+                "token, which the policy is trained on: its template writes no special token there"
             )
         return "\n".join(filter(None, remarks)) or None
 

@@ -4,7 +4,7 @@ import hashlib
 import sys
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -29,6 +29,9 @@ from poft_plugin.scoring.checkpoints import Checkpoint
 from poft_plugin.scoring.identity import Identity, Score
 from poft_plugin.scoring.packs import probe_rows
 from poft_plugin.scoring.scorer import PreparedRow
+
+SKIPPED = "skipped "
+"""Before a role, the name of its number in a tally."""
 
 PACK_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.01, torch.bfloat16: 0.03}
 """Of the largest score of the rows that packs are tried on. A row that misses its beginning is off by far more."""
@@ -190,13 +193,18 @@ class PretrainedScorer(ABC):
         """One row as this model sees it."""
         return self.renderer(conversation, where)
 
-    def skipped_remark(self, prepared: Sequence[PreparedRow]) -> str | None:
+    def tally(self, prepared: Sequence[PreparedRow]) -> dict[str, int]:
+        """Rows, and in how many of them its template leaves out turns of each role."""
+        skipped = Counter(f"{SKIPPED}{role}" for row in prepared for role in row.skipped)
+        return {"rows": len(prepared), **skipped}
+
+    def skipped_remark(self, counts: Mapping[str, int]) -> str | None:
         """A warning where its template leaves out turns of the prompt: the model judges what it has not read."""
-        roles = Counter(role for row in prepared for role in row.skipped)
+        roles = {name.removeprefix(SKIPPED): count for name, count in counts.items() if name.startswith(SKIPPED)}
         if not roles:
             return None
         left_out = ", ".join(
-            f"turns of role {role!r} in {count:,} of {len(prepared):,} rows" for role, count in roles.items()
+            f"turns of role {role!r} in {count:,} of {counts['rows']:,} rows" for role, count in roles.items()
         )
         merge = "`system_turns: merge` or " if "system" in roles else ""
         return (

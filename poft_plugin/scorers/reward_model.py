@@ -1,6 +1,6 @@
 """The scorer of DEFT: a reward model's logit for a prompt with its response, under the model's own template."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -141,17 +141,18 @@ class RewardModelScorer(PretrainedScorer):
             self._cut_responses.add(key)
         return row
 
-    def remark(self, prepared: Sequence[PreparedRow]) -> str | None:
-        """How many of these rows were cut, and how many lost part of their response."""
-        cut = sum(row.key in self._cut for row in prepared)
-        lost = sum(row.key in self._cut_responses for row in prepared)
-        skipped = self.skipped_remark(prepared)
-        if not cut:
-            return skipped
-        return (f"{skipped}\n" if skipped else "") + (
-            f"{self.title}: {cut:,} of {len(prepared):,} rows longer than {self.max_length} tokens, cut on the left; "
-            f"{lost:,} lost part of the response"
+    def tally(self, prepared: Sequence[PreparedRow]) -> dict[str, int]:
+        """Also how many of these rows were cut, and how many lost part of their response."""
+        cut, lost = (sum(row.key in keys for row in prepared) for keys in (self._cut, self._cut_responses))
+        return {**super().tally(prepared), "cut": cut, "lost": lost}
+
+    def remark(self, counts: Mapping[str, int]) -> str | None:
+        """What its template leaves out, and what was cut."""
+        cut = counts.get("cut") and (
+            f"{self.title}: {counts['cut']:,} of {counts['rows']:,} rows longer than {self.max_length} tokens, cut on "
+            f"the left; {counts['lost']:,} lost part of the response"
         )
+        return "\n".join(line for line in (self.skipped_remark(counts), cut) if line) or None
 
     def flops(self, tokens: int, response_tokens: int) -> float:
         """Of one forward: `2 x parameters` per token, embeddings aside."""

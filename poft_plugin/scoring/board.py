@@ -1,4 +1,4 @@
-"""A notice board for the processes of one launch: each writes there when its share of the rows is in its cache.
+"""A notice board for the processes of one launch: what each found in its share of the rows, and when it has scored it.
 
 Scores travel through files alone, without collectives. A process that waits for another's rows cannot tell a slow
 process from a cache folder that the two do not share; the board tells it. It is the launcher's own key-value store,
@@ -8,6 +8,7 @@ which torchrun, accelerate and DeepSpeed all have; without one, processes wait.
 import hashlib
 import os
 import socket
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -19,6 +20,9 @@ from poft_plugin.data.preparation import RunContext
 from poft_plugin.scoring.identity import Identity
 
 CONNECT = timedelta(seconds=10)
+
+GATHER_SECONDS, GATHER_POLL_SECONDS = 60.0, 0.05
+"""Processes prepare shares of like size at the same time."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,25 @@ class Board:
         if self.store is None or not self.store.check([self._key(share)]):
             return None
         return str(self.store.get(self._key(share)).decode())
+
+    def post(self, share: int | None, text: str) -> None:
+        """Leaves a text for the others, until it is gathered."""
+        if self.store is not None and share is not None:
+            self.store.set(f"{self._key(share)}/text", text)
+
+    def gather(self, shares: int) -> list[str]:
+        """The texts of all shares, or of those that have left one when others took too long; none without a store."""
+        if self.store is None:
+            return []
+        keys = [f"{self._key(share)}/text" for share in range(shares)]
+        deadline = time.monotonic() + GATHER_SECONDS
+        while not self.store.check(keys) and time.monotonic() < deadline:
+            time.sleep(GATHER_POLL_SECONDS)
+        there = [key for key in keys if self.store.check([key])]
+        texts = [self.store.get(key).decode() for key in there]
+        for key in there:  # the launch may score these rows once more
+            self.store.delete_key(key)
+        return texts
 
     def _key(self, share: int) -> str:
         return f"poft_plugin/{self.name}/{share}"

@@ -8,19 +8,19 @@ import numpy as np
 
 from poft_plugin.config import ScoringBlock
 from poft_plugin.data.preparation import Rows, RunContext
-from poft_plugin.scoring.board import open_board
+from poft_plugin.scoring.board import Board, open_board
 from poft_plugin.scoring.cache import Lookup, ScoreCache, cache_folder
+from poft_plugin.scoring.findings import Findings, long_rows_error, long_rows_line, say, with_long_rows
 from poft_plugin.scoring.jobs import Job, check_names
 from poft_plugin.scoring.opened import OpenedJob, check_revisions, open_job
 from poft_plugin.scoring.run import (
-    Share,
     accelerator,
     prepare_missing,
-    refuse_long_rows,
     score_prepared,
-    share_of,
     wait_for_others,
 )
+from poft_plugin.scoring.scorer import PreparedRow
+from poft_plugin.scoring.shares import Share, share_of
 
 
 class Engine(Protocol):
@@ -52,14 +52,14 @@ class ProcessEngine:
         """As `Engine.score`. All rows are prepared for all models before the first one is loaded."""
         unscored = [rows_to_score(opened, cache, settings, context) for opened in jobs]
         shares = [share_of(context, opened.scorer.devices) if opened.scorer else None for opened in jobs]
-        prepared = [
-            prepare_missing(opened.scorer, todo, cache, share) if opened.scorer and share and len(todo) else []
-            for opened, todo, share in zip(jobs, unscored, shares, strict=True)
+        boards = [
+            open_board(context, opened.scorer.identity, opened.job.rows.keys) if opened.scorer else None
+            for opened in jobs
         ]
-        for opened, todo, ready, share in zip(jobs, unscored, prepared, shares, strict=True):
-            if opened.scorer is None or share is None:
+        prepared = [_prepared_share(*each, cache) for each in zip(jobs, unscored, shares, boards, strict=True)]
+        for opened, todo, ready, share, board in zip(jobs, unscored, prepared, shares, boards, strict=True):
+            if opened.scorer is None or share is None or board is None:
                 continue
-            board = open_board(context, opened.scorer.identity, opened.job.rows.keys)
             if ready:
                 device = accelerator(context, opened.scorer.devices)
                 score_prepared(opened.scorer, ready, todo, cache, device=device, batch_tokens=settings.batch_tokens)
@@ -67,6 +67,18 @@ class ProcessEngine:
             if len(todo):
                 wait_for_others(opened.scorer, todo, cache, shares=share.count, board=board)
         return [opened.lookup(cache) for opened in jobs]
+
+
+def _prepared_share(
+    opened: OpenedJob, todo: Rows, share: Share | None, board: Board | None, cache: ScoreCache
+) -> list[PreparedRow]:
+    """This process's rows, tokenized. Who has none says so: the others add up what all have found."""
+    if opened.scorer is None or share is None:
+        return []
+    if len(todo):
+        return prepare_missing(opened.scorer, todo, cache, share, board=board)
+    say(opened.scorer, Findings(), share, board)
+    return []
 
 
 @dataclass(frozen=True)
@@ -141,7 +153,11 @@ def rows_to_score(opened: OpenedJob, cache: ScoreCache, settings: ScoringBlock, 
     if len(long):
         lengths = {rows.keys[int(i)].as_py(): -int(lookup.num_tokens[i]) for i in long}
         drops = opened.scorer is not None and opened.scorer.drops_long_rows
-        refuse_long_rows(opened.label, rows, lengths, drop=drops, what=job.kind)
+        found = with_long_rows(Findings(), rows, lengths)
+        if not drops:
+            raise long_rows_error(opened.label, found, what=job.kind)
+        if context.rank == 0:
+            print(f"{long_rows_line(opened.label, job.kind, found)}: dropped", flush=True)
     if not missing:
         return Rows(rows.table.slice(0, 0), {})
     first = rows.where(int(np.flatnonzero(unknown)[0]))

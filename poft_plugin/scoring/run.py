@@ -6,8 +6,7 @@ every now and then (so that little is lost when it is stopped), and then waits u
 
 import socket
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -17,9 +16,11 @@ from poft_plugin.data.rows import RowError, raise_row_errors
 from poft_plugin.report.console import progress
 from poft_plugin.scoring.board import Board
 from poft_plugin.scoring.cache import REFUSED, Lookup, ScoreCache
+from poft_plugin.scoring.findings import Findings, long_rows_error, say, with_long_rows
 from poft_plugin.scoring.identity import Score
 from poft_plugin.scoring.packs import pack_batches
 from poft_plugin.scoring.scorer import PreparedRow, Scorer
+from poft_plugin.scoring.shares import Share
 
 FLUSH_SECONDS = 30.0
 POLL_SECONDS = 1.0
@@ -29,32 +30,9 @@ GRACE_SECONDS = 60.0
 """How long files may take from one machine to another on a shared file system."""
 
 
-@dataclass(frozen=True)
-class Share:
-    """Which rows this process scores: those whose key leaves the remainder `index`; none without an index.
-
-    A function of the row alone. Processes look into the cache at different times and see different rows missing; had
-    they divided the missing ones among them, some rows would be nobody's.
-    """
-
-    index: int | None
-    count: int
-
-    def holds(self, key: str) -> bool:
-        """Whether the row of this key is this process's."""
-        return self.index is not None and int(key, 16) % self.count == self.index
-
-
-def share_of(run: RunContext, devices: int) -> Share:
-    """The share of a process: where a copy takes several accelerators, only some processes hold one."""
-    workers = max(1, run.local_world_size // devices)
-    machines = run.world_size // run.local_world_size
-    machine = run.rank // run.local_world_size
-    index = machine * workers + run.local_rank if run.local_rank < workers else None
-    return Share(index, machines * workers)
-
-
-def prepare_missing(scorer: Scorer, rows: Rows, cache: ScoreCache, share: Share) -> list[PreparedRow]:
+def prepare_missing(
+    scorer: Scorer, rows: Rows, cache: ScoreCache, share: Share, *, board: Board | None = None
+) -> list[PreparedRow]:
     """Tokenizes this process's share of the rows that the cache lacks: all that can go wrong without weights does now.
 
     Args:
@@ -63,6 +41,7 @@ def prepare_missing(scorer: Scorer, rows: Rows, cache: ScoreCache, share: Share)
         cache: where scores are looked up; rows that are too long, or left out because they cannot be read, are noted
             there.
         share: this process's part.
+        board: sums what is to be said over the processes.
 
     Returns:
         The rows that fit the scorer's context.
@@ -83,16 +62,15 @@ def prepare_missing(scorer: Scorer, rows: Rows, cache: ScoreCache, share: Share)
     if errors:
         refused = [rows.keys[index].as_py() for index in errors]
         cache.write(scorer.identity, [Score(key, float("nan"), REFUSED) for key in refused])
-        first = next(iter(errors.values()))
-        print(f"{scorer.kind} {scorer.name!r}: {len(errors)} rows that it cannot read; the first: {first}", flush=True)
-    if remark := scorer.remark(prepared):
-        print(remark, flush=True)
     context = scorer.context_length
     long = [row for row in prepared if context is not None and len(row) > context]
+    found = Findings(scorer.tally(prepared), len(errors), next(iter(errors.values()), ""))
     if long:
         cache.write(scorer.identity, [Score(row.key, float("nan"), -len(row)) for row in long])
-        lengths = {row.key: len(row) for row in long}
-        refuse_long_rows(scorer.name, rows, lengths, drop=scorer.drops_long_rows, what=scorer.kind)
+        found = with_long_rows(found, rows, {row.key: len(row) for row in long})
+        if not scorer.drops_long_rows:
+            raise long_rows_error(scorer.name, found, what=scorer.kind)
+    say(scorer, found, share, board)
     return [row for row in prepared if context is None or len(row) <= context]
 
 
@@ -139,29 +117,6 @@ def score_prepared(
         if done:
             cache.write(scorer.identity, done)
         scorer.unload()
-
-
-def refuse_long_rows(name: str, rows: Rows, lengths: Mapping[str, int], *, drop: bool, what: str = "reference") -> None:
-    """Says which rows a model cannot read.
-
-    Args:
-        name: the model.
-        rows: the rows, for messages.
-        lengths: tokens of the rows that do not fit, by key.
-        drop: whether they are dropped.
-        what: what the model is to the user.
-
-    Raises:
-        RowError: if they are not to be dropped.
-    """
-    worst = max(lengths, key=lambda key: lengths[key])
-    message = (
-        f"{what} {name!r}: {len(lengths)} of {len(rows)} rows are longer than its context, the longest "
-        f"{rows.where_key(worst)} with {lengths[worst]} tokens"
-    )
-    if not drop:
-        raise RowError(f"{message}. Set `on_long_row: drop` or `truncate` for it, or remove the rows")
-    print(f"{message}: dropped", flush=True)
 
 
 def wait_for_others(

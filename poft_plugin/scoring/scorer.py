@@ -1,6 +1,6 @@
 """What a scorer is: it turns rows into numbers, and says exactly what it is, so that its scores can be cached."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -90,8 +90,12 @@ class Scorer(Protocol):
         """One of the rows as the model reads it, counted tokens marked; None where a row is tokens already."""
         ...
 
-    def remark(self, prepared: Sequence[PreparedRow]) -> str | None:
-        """What preparing did to these rows that a user should know, in one line; None for nothing."""
+    def tally(self, prepared: Sequence[PreparedRow]) -> dict[str, int]:
+        """What preparing did to these rows that a user should know, as numbers that add up over processes."""
+        ...
+
+    def remark(self, counts: Mapping[str, int]) -> str | None:
+        """The same in words, of such numbers; None for nothing."""
         ...
 
     def num_parameters(self) -> tuple[int, int]:

@@ -166,7 +166,7 @@ def test_scores_do_not_depend_on_the_batch(policy: Path, tmp_path: Path, attenti
         prepared = [scorer.prepare(key, conversation, key) for key, conversation in rows]
         scorer.load(device)
         batches = batches_for(scorer, prepared, batch_tokens)
-        found = {one.key: one.reward for batch in batches for one in scorer.score(batch)}
+        found = {one.key: one.value for batch in batches for one in scorer.score(batch)}
         scorer.unload()
         return found
 

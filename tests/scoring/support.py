@@ -17,8 +17,9 @@ from poft_plugin.scorers.reward_model import RewardModelScorer
 from poft_plugin.scoring.cache import ScoreCache
 from poft_plugin.scoring.checkpoints import Checkpoint, resolve_checkpoint
 from poft_plugin.scoring.jobs import Job, Preprocessor
-from poft_plugin.scoring.run import Share, prepare_missing, score_prepared
+from poft_plugin.scoring.run import prepare_missing, score_prepared
 from poft_plugin.scoring.scorer import Scorer
+from poft_plugin.scoring.shares import Share
 from poft_plugin.scoring.stages import Stage
 
 

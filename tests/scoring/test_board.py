@@ -17,9 +17,11 @@ from poft_plugin.preprocessors.reference_rewards import reference_job, reference
 from poft_plugin.scoring import run as scoring_run
 from poft_plugin.scoring.board import open_board
 from poft_plugin.scoring.cache import ScoreCache
+from poft_plugin.scoring.findings import Findings, say
 from poft_plugin.scoring.identity import Identity
 from poft_plugin.scoring.opened import open_job
-from scoring.support import as_rows, prepared
+from poft_plugin.scoring.shares import Share
+from scoring.support import as_rows, prepared, scorer
 
 KEYS = pa.chunked_array([["00", "01"]])
 
@@ -107,4 +109,73 @@ def test_one_folder_serves_both(models: SimpleNamespace, tmp_path: Path, monkeyp
     cache = ScoreCache(tmp_path)
     (reference,) = settings.references
     assert not open_job(reference_job(reference, as_rows(tiny.chat_rows(8))), cache).lookup(cache).missing.any()
+    del store
+
+
+SKIPS = "{% for m in messages if m.role in ['user', 'assistant'] %}<s>{{ m.role }}\n{{ m.content }}</s>\n{% endfor %}"
+
+
+def ranks_that_find_something(models: SimpleNamespace, folder: Path) -> int:
+    """Two ranks, a template that leaves out tool turns, a context that is too short for some rows: for how many."""
+    rows = [*tiny.chat_rows(12, seed=1), {"messages": [{"role": "user", "content": "one " * 40}, LAST]}]
+    for row in rows[:6]:
+        row["messages"].insert(1, {"role": "tool", "content": "zeta zeta zeta"})
+    reference = {"model": str(models.short), "chat_template": SKIPS, "on_long_row": "drop"}
+    settings = PoftConfig.model_validate({"references": [reference], "score_cache": str(folder)})
+    table = as_rows(rows)
+    shares = [Share(number, 2) for number in (0, 1)]
+    for share in shares:  # both have something to say
+        assert sum(share.holds(key) for key in table.keys[:6].to_pylist()) not in (0, 6)
+    ranks = [
+        threading.Thread(target=prepared, args=(reference_rewards, table, settings, rank(number))) for number in (0, 1)
+    ]
+    for thread in ranks:
+        thread.start()
+    for thread in ranks:
+        thread.join(timeout=60)
+    opened = open_job(reference_job(settings.references[0], table), ScoreCache(folder))
+    return int(opened.lookup(ScoreCache(folder)).too_long.sum())
+
+
+LAST = {"role": "assistant", "content": "two."}
+
+
+def test_what_ranks_find_is_said_once_with_the_total(
+    models: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = launch(monkeypatch)
+    monkeypatch.setattr(scoring_run, "POLL_SECONDS", 0.1)
+    long = ranks_that_find_something(models, tmp_path)
+    printed = capsys.readouterr().out
+    assert printed.count("leaves out turns") == 1
+    assert "leaves out turns of role 'tool' in 6 of 13 rows" in printed
+    assert printed.count("longer than its context") == 1
+    assert long > 1
+    assert f"{long} of 13 rows are longer than its context" in printed
+    ranks_that_find_something(models, tmp_path)  # nothing is left to score
+    assert "leaves out" not in capsys.readouterr().out
+    del store
+
+
+def test_without_a_store_each_says_which_share_it_means(
+    models: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setattr(scoring_run, "POLL_SECONDS", 0.1)
+    ranks_that_find_something(models, tmp_path)
+    said = [line for line in capsys.readouterr().out.splitlines() if "leaves out turns" in line]
+    assert len(said) == 2
+    assert {f"(share {number} of 2)" in line for line in said for number in (0, 1)} == {True, False}
+
+
+def test_a_rank_that_leaves_nothing_is_not_waited_for_for_ever(
+    monkeypatch: pytest.MonkeyPatch, models: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = launch(monkeypatch)
+    monkeypatch.setattr("poft_plugin.scoring.board.GATHER_SECONDS", 0.2)
+    reference = scorer(models.ref_a, ScoreCache(tmp_path))
+    board = open_board(rank(0), reference.identity, KEYS)
+    say(reference, Findings({"rows": 2, "skipped tool": 1}), Share(0, 2), board)
+    assert "of role 'tool' in 1 of 2 rows" in (said := capsys.readouterr().out)
+    assert "(in 1 of 2 shares)" in said
     del store

@@ -12,7 +12,8 @@ import tiny
 from poft_plugin.data.rows import RowError, Turn
 from poft_plugin.scorers import chat_templates
 from poft_plugin.scoring.cache import ScoreCache
-from poft_plugin.scoring.run import Share, prepare_missing
+from poft_plugin.scoring.run import prepare_missing
+from poft_plugin.scoring.shares import Share
 from scoring.support import as_rows, plain_reward, rows_of, score_missing, scorer
 
 RELATIVE = 1e-4

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from poft_plugin.scorers import gguf_files
 from poft_plugin.scoring.cache import ScoreCache
 from poft_plugin.scoring.checkpoints import MissingCheckpointError
-from poft_plugin.scoring.run import Share
+from poft_plugin.scoring.shares import Share
 from scoring.support import as_rows, grader, score_missing, scorer
 
 ROWS = as_rows(tiny.chat_rows(5, seed=3))

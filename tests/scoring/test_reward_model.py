@@ -24,7 +24,8 @@ from poft_plugin.scorers import reward_model
 from poft_plugin.scorers.reward_model import RewardModelScorer
 from poft_plugin.scoring.cache import ScoreCache
 from poft_plugin.scoring.plan import plan_scoring, probe
-from poft_plugin.scoring.run import RunContext, Share
+from poft_plugin.scoring.run import RunContext
+from poft_plugin.scoring.shares import Share
 from scoring.support import as_rows, grader, score_missing
 
 DATA = tiny.chat_rows(12, seed=3) + tiny.chat_rows(4, seed=4, turns=3)

@@ -16,7 +16,8 @@ from poft_plugin.scorers.causal_lm import CausalLMScorer
 from poft_plugin.scoring import run as scoring_run
 from poft_plugin.scoring.cache import ScoreCache
 from poft_plugin.scoring.identity import Score
-from poft_plugin.scoring.run import Share, accelerator, share_of, wait_for_others
+from poft_plugin.scoring.run import accelerator, wait_for_others
+from poft_plugin.scoring.shares import Share, share_of
 from scoring.support import as_rows, score_missing, scorer
 
 ROWS = as_rows(tiny.chat_rows(10, seed=9))

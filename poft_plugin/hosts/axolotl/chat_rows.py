@@ -55,7 +55,8 @@ class ChatReader:
         for number, message in enumerate(messages):
             if number + skipped >= 0:
                 self._check_unread(message, turns[number + skipped], number, where)
-        return Read(prompt, checked_conversation(self._turns(turns, where), where))
+        field = self.strategy.prompter.message_property_mappings.get("content", "content")
+        return Read(prompt, checked_conversation(self._turns(turns, where), where, field=field))
 
     def _without_tools(self, prompt: dict[str, Any], where: str) -> dict[str, Any]:
         """The row without an empty list of tools, however it is stored.

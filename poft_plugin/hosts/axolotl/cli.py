@@ -120,7 +120,7 @@ def _score(session: "Session", num_shards: int | None, shard: int | None) -> Non
     if num_shards is None:
         session.score()
     else:
-        from poft_plugin.scoring.run import Share
+        from poft_plugin.scoring.shares import Share
 
         session.score_share(Share(shard, num_shards))
 

@@ -28,7 +28,8 @@ from poft_plugin.scoring.graded import export_graded, write_graded_rows
 from poft_plugin.scoring.identity import Identity
 from poft_plugin.scoring.opened import OpenedJob
 from poft_plugin.scoring.plan import matmul_rate, plan_job, print_plan, probe
-from poft_plugin.scoring.run import Share, accelerator
+from poft_plugin.scoring.run import accelerator
+from poft_plugin.scoring.shares import Share
 from poft_plugin.scoring.stages import AskedJob
 
 console = make_console()

@@ -10,7 +10,7 @@ from axolotl.utils.trainer import calculate_total_num_steps
 from datasets import Dataset, concatenate_datasets
 
 from poft_plugin.config import DeftConfig
-from poft_plugin.data.columns import CONVERSATION, GROUP, ROW_INDEX
+from poft_plugin.data.columns import CONVERSATION, GROUP, LEFT_OUT, ROW_INDEX
 from poft_plugin.data.groups import sequence_lengths
 from poft_plugin.data.preparation import Prepared, Purpose, RunContext
 from poft_plugin.hosts.axolotl.checks import check_packing, check_share_prompt
@@ -117,7 +117,7 @@ def _finished(part: HostRows, run: MethodRun, cfg: DictDefault, *, training: boo
     )
     columns: dict[str, Sequence[float] | np.ndarray] = dict(part.rows.attached)
     columns[ROW_INDEX] = np.arange(len(part.rows))
-    texts = [name for name in (CONVERSATION, GROUP) if name in part.dataset.column_names]
+    texts = [name for name in (CONVERSATION, GROUP, LEFT_OUT) if name in part.dataset.column_names]
     return concatenate_datasets([part.dataset.remove_columns(texts), Dataset.from_dict(columns)], axis=1)
 
 

@@ -24,7 +24,7 @@ from poft_plugin.method import Method
 
 STRATEGY = "poft_plugin.hosts.axolotl.strategy"
 SALT_FIELD = "input_format"
-CONTRACT = 5
+CONTRACT = 6
 
 FAMILIES = ("chat_template", "alpaca", "alpaca_chat", "alpaca_instruct", "alpaca_w_system", "gpteacher", "oasst")
 FAMILIES += ("jeopardy", "explainchoice", "concisechoice", "summarizetldr", "input_output")
@@ -197,6 +197,8 @@ def _label(raw: Mapping[str, Any], where: str, used: dict[str, int], method: Met
     name = Path(path).name if os.path.exists(path) else path  # unlike pathlib's, it knows names that no file can have
     parts = [raw.get("name"), *_names(raw.get("data_files")), raw.get("split")]
     label = " ".join([name, *(str(part) for part in parts if part)])
+    if shares := [f"{key} {raw[key]}" for key in ("weight", "shards_idx") if raw.get(key) is not None]:
+        label += f" ({', '.join(shares)})"  # positions of rows are those in the share that the host takes
     used[label] = used.get(label, 0) + 1
     return label if used[label] == 1 else f"{label} #{used[label]}"
 

@@ -53,7 +53,7 @@ class FieldReader:
         given = _optional(parts["input"], named["input"], where)
         turns.append(Turn("user", "\n\n".join(filter(None, [instruction, given]))))
         turns.append(Turn("assistant", self._response(parts["response"], names, row, where), counted=True))
-        return Read(row, checked_conversation(turns, where))
+        return Read(row, checked_conversation(turns, where, field=names.get("response", "output")))
 
     def _response(self, value: Any, names: dict[str, str], row: Row, where: str) -> str:
         if "response" not in names:

@@ -1,5 +1,6 @@
 """The host's prepared data sets, and their rows by content."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,10 +12,10 @@ from axolotl.utils.logging import get_logger
 from datasets import Dataset, concatenate_datasets
 
 from poft_plugin.data.columns import CONVERSATION, DROPPABLE, GROUP, LEFT_OUT, ROW_KEY, ROW_NUMBER, SOURCE
-from poft_plugin.data.preparation import Columns, Prepared, Rows
+from poft_plugin.data.preparation import Columns, Prepared, Rows, RunContext
 from poft_plugin.data.split import evaluation_rows
 from poft_plugin.hosts.axolotl.entries import SUPPORTED_TYPES
-from poft_plugin.hosts.axolotl.left_out import nothing_left, set_name
+from poft_plugin.hosts.axolotl.left_out import left_out_lines, nothing_left, set_name
 from poft_plugin.hosts.axolotl.ranked_datasets import RANKED_COLUMNS
 
 LOG = get_logger("axolotl.poft_plugin")  # the host shows messages of its own namespace only
@@ -76,11 +77,21 @@ def load_host_rows(cfg: DictDefault) -> tuple[HostRows, HostRows | None, int | N
     trained, evaluated = (set_name(cfg, evaluation=evaluation) for evaluation in (False, True))
     if meta.eval_dataset is None or cfg.test_datasets:
         evaluation = None if meta.eval_dataset is None else HostRows.of(meta.eval_dataset, evaluated)
-        return HostRows.of(meta.train_dataset, trained), evaluation, meta.total_num_steps
+        train = HostRows.of(meta.train_dataset, trained)
+        _report_left_out([train] if evaluation is None else [train, evaluation])
+        return train, evaluation, meta.total_num_steps
     whole = HostRows.of(concatenate_datasets([meta.train_dataset, meta.eval_dataset]), trained)
+    _report_left_out([whole])
     aside = evaluation_rows(whole.rows.keys.to_pylist(), len(meta.eval_dataset))
     train = selected(whole, ~aside, f"for evaluation (val_set_size: {cfg.val_set_size})")
     return train, replace(whole.select(aside), name=evaluated), meta.total_num_steps
+
+
+def _report_left_out(parts: Sequence[HostRows]) -> None:
+    """Said in each command, also where the host reads rows that it prepared before."""
+    if RunContext.from_environment("score").rank == 0:
+        for line in left_out_lines(part.rows.table for part in parts):
+            print(line, flush=True)
 
 
 def unique_rows(train: HostRows | None, evaluation: HostRows | None = None) -> Rows:

@@ -17,14 +17,14 @@ RANKED_TYPES = (*PAIRS, DIALOGUES, HH_RLHF, RANKED)
 Row = Mapping[str, Any]
 
 _EVERYWHERE = frozenset({"field_system", "field_input", "field_scores", "message_property_mappings", "roles",
-                         "on_unusable_row", "text_format"})  # fmt: skip
+                         "field_thinking", "on_unusable_row", "text_format"})  # fmt: skip
 _PROMPT, _PAIR = {"field_messages", "field_prompt"}, {"field_chosen", "field_rejected"}
 _LIST = {"field_responses", "field_response_text", "field_response_score", "field_response_rank", "field_ranks",
          "field_winner", "winner_values"}  # fmt: skip
 READ_BY = {
     **dict.fromkeys(PAIRS, _EVERYWHERE | _PROMPT | _PAIR),
     DIALOGUES: _EVERYWHERE | _PAIR,
-    HH_RLHF: (_EVERYWHERE | _PROMPT | _PAIR) - {"text_format", "message_property_mappings", "roles"},
+    HH_RLHF: (_EVERYWHERE | _PROMPT | _PAIR) - {"text_format", "message_property_mappings", "roles", "field_thinking"},
     RANKED: _EVERYWHERE | _PROMPT | _LIST,
 }
 """The keys that each type reads."""
@@ -68,6 +68,9 @@ class RankedFields(Block):
         default_factory=dict, description="The host's: names of `role` and `content` in a message."
     )
     roles: Mapping[str, Sequence[str]] | None = Field(None, description="The host's: names of roles in the data.")
+    field_thinking: str = Field(
+        "reasoning_content", description="The host's: field of a message's reasoning, beside its text."
+    )
     on_unusable_row: Literal["error", "drop"] | None = Field(
         None,
         description="A row that cannot be read, or that a chat template refuses: error (the default), or drop "

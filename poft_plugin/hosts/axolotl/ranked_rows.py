@@ -20,7 +20,8 @@ from poft_plugin.hosts.axolotl.ranked_fields import (
     shown,
 )
 from poft_plugin.hosts.axolotl.ranked_order import ranks_by_winner, ranks_of, scores_of
-from poft_plugin.hosts.axolotl.ranked_turns import answer, dialogue, is_hh, is_marked, prompt_turns
+from poft_plugin.hosts.axolotl.ranked_turns import answer, dialogue, has_question, is_marked, prompt_turns
+from poft_plugin.hosts.axolotl.reasoning import Reasoned, reasoning_of
 
 RankedReader = Callable[[Row, str], RankedSample]
 
@@ -65,7 +66,7 @@ def _from_hh(row: Row, fields: RankedFields, where: str) -> RankedSample:
     fields = fields.model_copy(update={"text_format": "hh"})
     names = (fields.field_chosen, fields.field_rejected)
     texts = [_text(row, name, where) for name in names]
-    if any(is_hh(text) for text in texts) or not isinstance(row.get(fields.field_prompt), str):
+    if row.get(fields.field_prompt) is None or any(has_question(text) for text in texts):
         return _from_dialogues(row, fields, where)
     answers = [answer(text, name, fields, where) for name, text in zip(names, texts, strict=True)]
     return _pair(row, _prompt(row, fields, where), answers, fields, where)
@@ -156,10 +157,10 @@ def _differing(number: int, before: Sequence[Turn], where: str, *, given: bool) 
     )
 
 
-def _stripped(turns: Sequence[Turn]) -> list[tuple[str, str]]:
+def _stripped(turns: Sequence[Turn]) -> list[tuple[str, str, str]]:
     """What is compared: blank system turns are none."""
-    found = [(turn.role, turn.content.strip()) for turn in turns]
-    return [turn for turn in found if turn != ("system", "")]
+    found = [(turn.role, turn.content.strip(), reasoning_of(turn.content)) for turn in turns]
+    return [turn for turn in found if turn != ("system", "", "")]
 
 
 def _with_system(row: Row, turns: list[Turn], fields: RankedFields, where: str) -> list[Turn]:
@@ -181,7 +182,8 @@ def _with_input(row: Row, turns: list[Turn], fields: RankedFields, where: str) -
         return turns
     if not turns or turns[-1].role != "user":
         raise RowError(f"{where}: {fields.field_input!r} has a text, but the prompt does not end with a user turn")
-    return [*turns[:-1], Turn("user", f"{turns[-1].content}\n\n{text}")]
+    last, joined = turns[-1].content, f"{turns[-1].content}\n\n{text}"
+    return [*turns[:-1], Turn("user", Reasoned(joined, last.reasoning) if isinstance(last, Reasoned) else joined)]
 
 
 def _column_text(row: Row, name: str | None, where: str) -> str | None:

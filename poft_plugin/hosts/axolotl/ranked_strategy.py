@@ -7,7 +7,8 @@ tokens ride beside it, and take their place when rows were graded and filtered.
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from poft_plugin.data.columns import (
     CONVERSATION,
     DROPPABLE,
     GROUP,
+    LEFT_OUT,
     RANKED_INPUT_IDS,
     RANKED_LABELS,
     ROW_KEY,
@@ -29,11 +31,13 @@ from poft_plugin.data.columns import (
     SOURCE,
 )
 from poft_plugin.data.ranked import RankedSample
-from poft_plugin.data.rows import RowError, raise_row_errors
+from poft_plugin.data.rows import Conversation, RowError, raise_row_errors
 from poft_plugin.hosts.axolotl.chat_templates import with_fixed_date
 from poft_plugin.hosts.axolotl.entries import Entry
+from poft_plugin.hosts.axolotl.left_out import LEFT_OUT_TYPE, without
 from poft_plugin.hosts.axolotl.ranked_rows import ranked_reader, unread_columns
 from poft_plugin.hosts.axolotl.reading import HOST_ERRORS
+from poft_plugin.hosts.axolotl.reasoning import as_messages, folded
 from poft_plugin.hosts.axolotl.trained_text import TrainedText
 
 LONG = 1 << 30
@@ -86,6 +90,10 @@ class RankedStrategy(DatasetWrappingStrategy):
         self._report_unread(rows)
         return self._without_unusable(rows).remove_columns([ERROR, UNUSABLE, UNREAD, ALIKE])
 
+    @cached_property
+    def _trained_text(self) -> TrainedText:
+        return TrainedText(self.tokenizer, tuple(self.cfg.eot_tokens or ()))
+
     def _host_strategy(self) -> Any:
         """The host's strategy for messages of which the last alone is trained on."""
         raw = self.entry.raw
@@ -130,6 +138,7 @@ class RankedStrategy(DatasetWrappingStrategy):
             SOURCE: self.entry.label,
             ROW_NUMBER: index,
             DROPPABLE: self.entry.ranked.fields.drops(str(self.entry.raw["type"])),
+            LEFT_OUT: [],
             ERROR: "",
             UNUSABLE: "",
             UNREAD: [],
@@ -140,7 +149,9 @@ class RankedStrategy(DatasetWrappingStrategy):
 
     def _tokens(self, sample: RankedSample, where: str) -> dict[str, Any]:
         """A sample's columns; without a key where its responses are all the same to the policy."""
-        sequences = [self._sequence(sample, index, where) for index in range(len(sample.responses))]
+        read = [self._sequence(sample, index, where) for index in range(len(sample.responses))]
+        sequences = [(ids, labels) for _, ids, labels in read]
+        sample = replace(sample, prompt=read[0][0][:-1], responses=tuple(turns[-1].content for turns, _, _ in read))
         first = {tuple(ids): index for index, (ids, _) in reversed(list(enumerate(sequences)))}
         kept = sorted(first.values())
         alike = len(sequences) - len(kept)
@@ -161,16 +172,17 @@ class RankedStrategy(DatasetWrappingStrategy):
             ALIKE: alike,
         }
 
-    def _sequence(self, sample: RankedSample, index: int, where: str) -> tuple[list[int], list[int]]:
-        turns = sample.conversation(index)
-        messages = [{"role": t.role, "content": t.content, "training": t.counted} for t in turns]
+    def _sequence(self, sample: RankedSample, index: int, where: str) -> tuple[Conversation, list[int], list[int]]:
+        """A response after its prompt, reasoning in the texts; its tokens; and its labels."""
+        given, name = sample.conversation(index), f"{where} response {index}"
+        turns = folded(self.strategy, given, name)
         try:
-            tokens = self.strategy.tokenize_prompt({"messages": messages})
+            tokens = self.strategy.tokenize_prompt({"messages": as_messages(self.strategy, given)})
         except HOST_ERRORS as error:
             raise _refused([turn.role for turn in turns], error, where) from error
-        reader = TrainedText(self.tokenizer, tuple(self.cfg.eot_tokens or ()))
-        reader.check(turns, tokens["labels"], f"{where} response {index}")
-        return list(tokens["input_ids"]), list(tokens["labels"])
+        labels = self._trained_text.completed(turns, tokens["input_ids"], tokens["labels"])
+        self._trained_text.check(turns, labels, name)
+        return turns, list(tokens["input_ids"]), labels
 
     def _report_unread(self, rows: Dataset) -> None:
         for name, count in sorted(Counter(name for names in rows[UNREAD] for name in names).items()):
@@ -192,7 +204,7 @@ class RankedStrategy(DatasetWrappingStrategy):
             print(f"{label}: {unusable.sum()} of {len(rows)} rows left out; the first: {first}", flush=True)
         if any(rows[ALIKE]):
             self._report_alike(rows, alike)
-        return rows.select(np.flatnonzero(~unusable & ~alike)) if (unusable | alike).any() else rows
+        return without(rows, unusable | alike)
 
     def _report_alike(self, rows: Dataset, alike: np.ndarray) -> None:
         counts, numbers, reasons = (np.array(list(rows[name])) for name in (ALIKE, ROW_NUMBER, UNUSABLE))
@@ -231,6 +243,7 @@ def _features(group_column: str | None) -> Features:
         | {
             ROW_NUMBER: Value("int64"),
             DROPPABLE: Value("bool"),
+            LEFT_OUT: LEFT_OUT_TYPE,
             ALIKE: Value("int32"),
             UNREAD: Sequence(Value("string")),
         }

@@ -7,6 +7,7 @@ from typing import Any
 
 from poft_plugin.data.rows import RowError, Turn
 from poft_plugin.hosts.axolotl.ranked_fields import RankedFields, is_list, shown
+from poft_plugin.hosts.axolotl.reasoning import REASONING, Reasoned
 
 _MARK = re.compile(r"\n\n(Human|Assistant):")
 _ROLE = {"Human": "user", "Assistant": "assistant"}
@@ -21,7 +22,6 @@ _TEMPLATE_MARKUP = re.compile(
 """How a prompt begins that a chat template wrote already."""
 
 CALLS = ("tool_calls", "function_call")
-REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 def parse_hh_dialogue(text: str, where: str) -> list[Turn]:
@@ -68,6 +68,16 @@ def is_marked(value: Any, fields: RankedFields, where: str) -> bool:
 def has_marks(text: str) -> bool:
     r"""Whether a mark of hh-rlhf begins a paragraph anywhere in a text."""
     return _MARK.search(text) is not None
+
+
+def has_question(text: str) -> bool:
+    r"""Whether a text is a dialogue of hh-rlhf with more than the answer.
+
+    Examples:
+        >>> [has_question(text) for text in ("\n\nHuman: hi\n\nAssistant: ho", "\n\nAssistant: ho", "ho")]
+        [True, False, False]
+    """
+    return is_hh(text) and "Human" in [mark[1] for mark in _MARK.finditer(f"\n\n{text.lstrip()}")]
 
 
 def prompt_turns(value: Any, fields: RankedFields, where: str) -> list[Turn]:
@@ -131,11 +141,12 @@ def turn_of(message: Any, fields: RankedFields, where: str) -> Turn:
     """One message as a turn.
 
     Raises:
-        RowError: for a message that has no text or an unknown role, or has more than text: calls, reasoning.
+        RowError: for a message that has no text or an unknown role, or has more than text: calls, reasoning in a field
+            that is not named.
     """
     names = _names(fields)
     found = {key: message.get(name) if isinstance(message, Mapping) else None for key, name in names.items()}
-    _refuse_more_than_text(message, where)
+    _refuse_more_than_text(message, fields, where)
     if isinstance(message, Mapping) and set(names.values()) <= message.keys():
         for key, value in found.items():
             if not isinstance(value, str):
@@ -150,18 +161,29 @@ def turn_of(message: Any, fields: RankedFields, where: str) -> Turn:
         )
     for role, aliases in (fields.roles or _DEFAULT_ROLES).items():
         if found["role"] in aliases:
-            return Turn(role, str(found["content"]))
+            return Turn(role, _with_reasoning(message, str(found["content"]), fields, where))
     raise RowError(f"{where}: a message of the unknown role {found['role']!r}; set `roles:` for the data set")
 
 
-def _refuse_more_than_text(message: Any, where: str) -> None:
+def _refuse_more_than_text(message: Any, fields: RankedFields, where: str) -> None:
     for key in (*CALLS, *REASONING):
-        if isinstance(message, Mapping) and message.get(key):
-            remedy = "the policy's template writes it" if key in REASONING else "the policy's template writes calls"
-            raise RowError(
-                f"{where}: a message has {key!r} ({shown(message[key])}), which is not read here: only `content` is "
-                f"text. Write it into `content` as {remedy}, or remove the row"
-            )
+        if key == fields.field_thinking or not isinstance(message, Mapping) or not message.get(key):
+            continue
+        remedy = "Write it into `content` as the policy's template writes calls, or remove the row"
+        if key in REASONING:
+            remedy = f"Set `field_thinking: {key}` for the data set, or remove the field"
+        raise RowError(f"{where}: a message has {key!r} ({shown(message[key])}), which is not read here. {remedy}")
+
+
+def _with_reasoning(message: Mapping[str, Any], text: str, fields: RankedFields, where: str) -> str:
+    reasoning = message.get(fields.field_thinking)
+    if not reasoning:
+        return text
+    if not isinstance(reasoning, str):
+        raise RowError(
+            f"{where}: a message whose {fields.field_thinking!r} is {shown(reasoning)}, not text. Write it as one text"
+        )
+    return Reasoned(text, reasoning)
 
 
 def _names(fields: RankedFields) -> dict[str, str]:

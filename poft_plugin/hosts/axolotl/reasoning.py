@@ -2,15 +2,18 @@
 
 References know nothing of the field, and their templates would each write it in another way, or leave it out. So the
 text of such a turn is what the policy is trained on: everything that the template writes differently because of the
-turn's texts. This is also how the host finds the tokens to train on.
+turn's texts, and the mark before it that opens the reasoning (Qwen3's `<think>`, which the template writes before an
+answer without reasoning, too).
 """
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from axolotl.prompt_strategies.chat_template import ChatTemplateStrategy
 
-from poft_plugin.data.rows import RowError
+from poft_plugin.data.rows import Conversation, RowError, Turn
 from poft_plugin.hosts.axolotl.ranked_fields import shown
 from poft_plugin.hosts.axolotl.reading import HOST_ERRORS, described
 
@@ -19,6 +22,69 @@ REASONING = ("reasoning_content", "reasoning", "thinking", "thoughts")
 
 STAND_INS = ("[[dummy_message]]", "zzdummymessagezz")
 """Texts that share neither first nor last character: an end that the template shares with one shows under the other."""
+
+
+class Reasoned(str):
+    """The text of a message that has reasoning in a field of its own, while its row is read.
+
+    Args:
+        text: the answer.
+        reasoning: what stands in the field.
+    """
+
+    reasoning: str
+
+    def __new__(cls, text: str, reasoning: str) -> "Reasoned":
+        """As a text, it is the answer alone."""
+        made = super().__new__(cls, text)
+        made.reasoning = reasoning
+        return made
+
+    def __eq__(self, other: object) -> bool:
+        """Equal is what has the same answer and the same reasoning."""
+        return str.__eq__(self, str(other)) and isinstance(other, str) and self.reasoning == reasoning_of(other)
+
+    __hash__ = str.__hash__
+
+
+def reasoning_of(text: str) -> str:
+    """What stands in the field of its own, or nothing."""
+    return text.reasoning if isinstance(text, Reasoned) else ""
+
+
+def as_messages(strategy: ChatTemplateStrategy, turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    """Turns as the host reads them, reasoning in the field that the policy's template knows.
+
+    Args:
+        strategy: the host's, with the policy's template.
+        turns: the conversation; texts may be `Reasoned`.
+    """
+    key = strategy.prompter.template_thinking_key or REASONING[0]
+    return [
+        {"role": turn.role, "content": str(turn.content), "training": turn.counted}
+        | ({key: turn.content.reasoning} if isinstance(turn.content, Reasoned) else {})
+        for turn in turns
+    ]
+
+
+def folded(strategy: ChatTemplateStrategy, turns: Sequence[Turn], where: str) -> Conversation:
+    """The turns with their reasoning in their texts.
+
+    Args:
+        strategy: the host's, with the policy's template.
+        turns: the conversation; texts may be `Reasoned`.
+        where: names the row in errors.
+
+    Raises:
+        RowError: as `written_turn`.
+    """
+    messages = as_messages(strategy, turns)
+    return tuple(
+        replace(turn, content=written_turn(strategy, messages, index, turn.counted, where))
+        if isinstance(turn.content, Reasoned)
+        else turn
+        for index, turn in enumerate(turns)
+    )
 
 
 def written_turn(
@@ -47,7 +113,7 @@ def written_turn(
         other = [*turns[:index], {"role": turn["role"], "content": stand_in}, *turns[index + 1 :]]
         start, stop = _differing(text, _text(strategy, other, where))
         begin, end = min(begin, start), max(end, stop)
-    written = text[begin:end]
+    written = text[_opening(text, begin, end) : end]
     missing = [name for name in ("content", *names) if turn[name].strip() not in written]
     if not missing:
         return written
@@ -57,6 +123,21 @@ def written_turn(
             f"{shown(turn[missing[0]])}. Remove the field from such rows, or set a `chat_template:` that writes it"
         )
     return str(turn["content"])
+
+
+def _opening(text: str, begin: int, end: int) -> int:
+    """Where a turn begins whose reasoning is closed in it: with what opens it, right before.
+
+    Examples:
+        >>> "user: hi <think>hm</think>ho"[_opening("user: hi <think>hm</think>ho", 16, 28) :]
+        '<think>hm</think>ho'
+    """
+    opening = re.search(r"([<\[])(\w+)[>\]]\s*$", text[:begin])
+    if opening is None:
+        return begin
+    bracket, name = opening.groups()
+    closed = text.find(f"{bracket}/{name}", begin, end)
+    return opening.start() if closed >= 0 and f"{bracket}{name}" not in text[begin:closed] else begin
 
 
 def _differing(text: str, other: str) -> tuple[int, int]:

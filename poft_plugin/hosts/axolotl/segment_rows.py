@@ -45,7 +45,7 @@ class SegmentReader:
         for trained, run in groupby(self.strategy.prompter.build_prompt(segments), key=lambda pair: bool(pair[0])):
             text = "".join(segment[1] for segment in run)
             turns += [_trained_segment(text, marker, where)] if trained else _prompt_turns(text, marker)
-        return Read(row, checked_conversation(turns, where))
+        return Read(row, checked_conversation(turns, where, field="segments"))
 
 
 def _check_segment(segment: Any, place: str, where: str) -> None:

@@ -21,6 +21,7 @@ from poft_plugin.data.rows import RowError, dump_conversation, raise_row_errors,
 from poft_plugin.hosts.axolotl.chat_templates import with_fixed_date
 from poft_plugin.hosts.axolotl.conversations import conversation_reader, host_tokens
 from poft_plugin.hosts.axolotl.entries import ENTRIES, SALT_FIELD, SUPPORTED_TYPES, Entry
+from poft_plugin.hosts.axolotl.left_out import LEFT_OUT_TYPE, NAMED, without
 from poft_plugin.hosts.axolotl.prompt_completion import HOST_SETTINGS, PromptCompletionFields
 from poft_plugin.hosts.axolotl.ranked_fields import shown
 from poft_plugin.hosts.axolotl.ranked_strategy import RankedStrategy
@@ -137,7 +138,7 @@ class MethodStrategy(DatasetWrappingStrategy):
         texts = (ROW_KEY, CONVERSATION, SOURCE, ERROR, *([] if self.entry.group_column is None else [GROUP]))
         return Features(
             {**tokens, **{name: Value("string") for name in texts}}
-            | {ROW_NUMBER: Value("int64"), DROPPABLE: Value("bool"), LEFT_OUT: Value("int64")}
+            | {ROW_NUMBER: Value("int64"), DROPPABLE: Value("bool"), LEFT_OUT: LEFT_OUT_TYPE}
         )
 
     def _read(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
@@ -150,7 +151,7 @@ class MethodStrategy(DatasetWrappingStrategy):
     def _columns(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
         """What a row has that cannot be used."""
         texts: dict[str, Any] = {ROW_KEY: "", CONVERSATION: "", ERROR: "", SOURCE: self.entry.label}
-        numbers = {ROW_NUMBER: index, DROPPABLE: self.entry.drop_bad_rows, LEFT_OUT: 0}
+        numbers = {ROW_NUMBER: index, DROPPABLE: self.entry.drop_bad_rows, LEFT_OUT: []}
         tokens = {name: [] for name in self.features if name not in (*texts, *numbers, GROUP)}
         column = self.entry.group_column
         group = {} if column is None else {GROUP: printable(str(row.get(column)))}
@@ -166,7 +167,9 @@ class MethodStrategy(DatasetWrappingStrategy):
             raise RowError(f"{where}: Axolotl makes no token of the row: {shown(dict(read.row))}. Remove it")
         conversation = read.conversation
         if len(tokens["input_ids"]) <= self._longest:  # the host leaves others out, and has cut some types' texts
-            conversation = self._trained_text.check(conversation, tokens["labels"], where)
+            labels = self._trained_text.completed(conversation, tokens["input_ids"], tokens["labels"])
+            conversation = self._trained_text.check(conversation, labels, where)
+            tokens = {**tokens, "labels": labels}
         text = dump_conversation(conversation)
         if printable(text) != text:
             raise RowError(
@@ -193,9 +196,7 @@ class MethodStrategy(DatasetWrappingStrategy):
             f"{first}",
             flush=True,
         )
-        kept = rows.remove_columns(LEFT_OUT).select(np.setdiff1d(np.arange(len(rows)), bad))
-        counts = Dataset.from_dict({LEFT_OUT: [len(bad)] * len(kept)})
-        return concatenate_datasets([kept, counts], axis=1)
+        return without(rows, errors != "")
 
     def _check_lengths(self, rows: Dataset) -> None:
         """The host leaves out rows over `sequence_len`; a data set of such rows alone is a slip.
@@ -221,9 +222,6 @@ THINKING = "reasoning_content"
 
 ERROR = "error"
 """Why a row cannot be used: errors are counted before the first one is raised."""
-
-NAMED = 5
-"""Rows that were left out are named up to this many."""
 
 _TOKENS = {
     "input_ids": Sequence(Value("int32")),
@@ -260,7 +258,7 @@ def _named_alike(rows: Dataset, first: dict[str, dict[str, Any]]) -> Dataset:
 
     The host's exact de-duplication compares whole rows: with names of their own, equal rows would all stay.
     """
-    names = [name for name in (SOURCE, ROW_NUMBER, GROUP) if name in rows.column_names]
+    names = [name for name in (SOURCE, ROW_NUMBER, GROUP, LEFT_OUT) if name in rows.column_names]
     named = [
         first.setdefault(row[ROW_KEY], {name: row[name] for name in names})
         for row in rows.select_columns([ROW_KEY, *names])

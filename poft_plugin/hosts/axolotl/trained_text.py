@@ -3,6 +3,10 @@
 Both sides are brought to one form (encoded and decoded by the policy's tokenizer, special tokens taken out) and walked
 turn by turn, so that turns may follow each other without a header between. Whatever the host's strategy or the
 policy's template leaves out, changes, doubles or adds is seen here.
+
+The host finds a turn by what changes where another text stands in its stead. A template that looks at the text
+(Qwen3's opens a think block of its own before an answer without one) writes the beginning of such a response in both
+cases, so the host leaves it unlabelled though it is written word for word. `completed` labels it.
 """
 
 from collections.abc import Iterable, Sequence
@@ -71,6 +75,56 @@ class TrainedText:
             return self._checked(conversation, segments, self._decode([segment.ids for segment in segments]))
         except TextDiffersError as error:
             raise RowError(f"{where}: {error}. {_remedy(conversation)}") from None
+
+    def completed(self, conversation: Conversation, input_ids: Sequence[int], labels: Sequence[int]) -> list[int]:
+        """The labels of whole responses, and of nothing before them.
+
+        Beginnings that are written word for word but not labelled are added; tokens of white space that is not the
+        response's are taken off (`type: alpaca` encodes an answer apart, before which SentencePiece puts a space).
+
+        Args:
+            conversation: the row.
+            input_ids: its tokens.
+            labels: the host's.
+
+        Returns:
+            The same labels where nothing is missing, or what is missing does not stand right before.
+        """
+        found = [int(label) for label in labels]
+        contents = [turn.content for turn in conversation if turn.counted]
+        runs = _runs(found)
+        if len(runs) != len(contents):
+            return found
+        free = 0  # the first token that belongs to no response before
+        for content, (start, end) in zip(contents, runs, strict=True):
+            begin = free + self._beginning(content.strip(), input_ids[free:end], start - free)
+            found[begin:start] = input_ids[begin:start]
+            if not content[:1].isspace():
+                blank = self._blank(input_ids[begin:end])
+                found[begin : begin + blank] = [IGNORED] * blank
+            free = end
+        return found
+
+    def _blank(self, ids: Sequence[int]) -> int:
+        """How many tokens at the beginning hold nothing but white space."""
+        blank = 0
+        while blank < len(ids) - 1 and ids[blank] not in self._marks and not self._decode([[ids[blank]]])[0].strip():
+            blank += 1
+        return blank
+
+    def _beginning(self, core: str, ids: Sequence[int], start: int) -> int:
+        """Where in tokens that end with a labelled run a response begins: at `start`, or before it."""
+        (trained,) = self._decode([[id_ for id_ in ids[start:] if id_ not in self._marks]])
+        lacking = len(core) - len(trained.strip())
+        if lacking <= 0 or not core.endswith(trained.strip()):
+            return start
+        for begin in range(start - 1, max(start - 2 * lacking - 2, -1), -1):  # some tokens hold no character of it
+            if ids[begin] in self._marks:
+                break
+            (text,) = self._decode([[id_ for id_ in ids[begin:] if id_ not in self._marks]])
+            if text.strip() == core:
+                return begin
+        return start
 
     def _checked(self, conversation: Conversation, segments: Sequence[Segment], texts: Sequence[str]) -> Conversation:
         contents = [turn.content for turn in conversation if turn.counted]
@@ -144,6 +198,18 @@ class TrainedText:
         return frozenset(ids - unknown - {None})
 
 
+def _runs(labels: Sequence[int]) -> list[tuple[int, int]]:
+    """Where each run of tokens that are trained on begins, and what comes after it.
+
+    Examples:
+        >>> _runs([IGNORED, 5, 6, IGNORED, 7])
+        [(1, 3), (4, 5)]
+    """
+    trained = np.concatenate(([False], np.asarray(labels) != IGNORED, [False]))
+    borders = np.flatnonzero(trained[1:] != trained[:-1])
+    return [(int(start), int(end)) for start, end in borders.reshape(-1, 2)]
+
+
 def walk(text: str, contents: Sequence[str]) -> list[int]:
     """Where each content ends in a text that is these contents in order, white space at their ends aside.
 
@@ -187,6 +253,13 @@ def _remedy(conversation: Conversation) -> str:
     if held is not None:
         return (
             f"The row holds {held!r}, by which the host finds its labels: change that word in it, or remove such rows"
+        )
+    if any("</think>" in turn.content for turn in conversation if turn.counted):
+        return (
+            "Qwen3-like templates write `<think>\\n..\\n</think>\\n\\n` around the reasoning of the last turn and "
+            "delete that of earlier ones, R1-like ones delete all, and references would score another text. Write it "
+            "in the data as the template does (none in earlier turns), give the policy a `chat_template:` that keeps "
+            "it, such as `chatml`, or remove such rows"
         )
     return (
         "The policy's chat template (or the prompt's format) leaves out, changes or adds something there, and "

@@ -10,35 +10,18 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from corpus_rows import Trial, conversations, rows
 
 WORKS = "works"
 NAMED = "one message that names the place"
 UNNAMED = "one message that does not"
 RAW = "a raw error"
-
-
-@dataclass(frozen=True)
-class Trial:
-    """An entry of the corpus.
-
-    Args:
-        kind: what is wrong: `config`, `row`, `file`.
-        label: the entry in the table and in failures.
-        place: a word that a message has to name.
-        act: what a user does with it.
-    """
-
-    kind: str
-    label: str
-    place: str
-    act: Callable[[], Any]
 
 
 def outcome(trial: Trial) -> tuple[str, str]:
@@ -58,7 +41,6 @@ def outcome(trial: Trial) -> tuple[str, str]:
     return WORKS, ""
 
 
-NOTHING = object()
 WRONG: dict[str, Any] = {
     "text": "[/x] nowhere",
     "number": 3,
@@ -93,7 +75,7 @@ DEFT = (
 """Places in a config, with dots between."""
 
 
-def _changed(config: Any, place: str, value: Any) -> dict[str, Any]:
+def changed(config: Any, place: str, value: Any) -> dict[str, Any]:
     """A copy of a config with another value at a place."""
     changed = copy.deepcopy(config)
     *path, last = [int(part) if part.isdigit() else part for part in place.split(".")]
@@ -129,9 +111,9 @@ def configs(models: SimpleNamespace, folder: Path) -> Iterator[Trial]:
     for config, places in ((poft, POFT), (deft, DEFT)):
         for place in places:
             for name, value in WRONG.items():
-                changed = _changed(config, place, value)
+                other = changed(config, place, value)
                 leaf = [part for part in place.split(".") if not part.isdigit()][-1].removesuffix("s")
-                yield Trial("config", f"{place}: {name}", leaf, lambda changed=changed: _register(changed))
+                yield Trial("config", f"{place}: {name}", leaf, lambda other=other: _register(other))
 
 
 def _register(config: dict[str, Any]) -> None:
@@ -144,41 +126,6 @@ def _register(config: dict[str, Any]) -> None:
     plugin.register(DictDefault(config))
     if plugin.method_run is not None and plugin.method_run.method.name == "poft":
         plugin.method_run.check()
-
-
-TURN = {"role": "user", "content": "hi"}
-CELLS: dict[str, Any] = {
-    "missing": NOTHING, "null": None, "number": 3, "true": True, "empty": "", "blank": " \n", "text": "yes",
-    "empty list": [], "list of null": [None], "list of texts": ["a", "b"], "empty block": {}, "turns": [TURN],
-    "turn without text": [{"role": "assistant"}], "turn without role": [{"content": "x"}],
-    "text of null": [{"role": "assistant", "content": None}], "role of null": [{"role": None, "content": "x"}],
-    "content in parts": [{"role": "assistant", "content": [{"type": "text", "text": "x"}]}],
-    "markup": "[/x]", "not a number": float("nan"), "infinite": float("inf"), "nested": [[[]]],
-}  # fmt: skip
-ROWS: dict[str, dict[str, Any]] = {
-    "chat_template": {"messages": [TURN], "chosen": "good", "rejected": "bad", "scores": [1.0, 0.0]},
-    "chat_template.argilla_chat": {
-        name: [TURN, {"role": "assistant", "content": name}] for name in ("chosen", "rejected")
-    },
-    "poft_plugin.hh_rlhf": {name: f"\n\nHuman: hi\n\nAssistant: {name}" for name in ("chosen", "rejected")},
-    "poft_plugin.ranked": {"prompt": "hi", "responses": ["a", "b", "c"], "scores": [3.0, 2.0, 1.0]},
-}
-
-
-def rows() -> Iterator[Trial]:
-    """One wrong cell in one preference row, for every field and value."""
-    from poft_plugin.hosts.axolotl.ranked_rows import RankedFields, ranked_reader
-
-    for kind, row in ROWS.items():
-        reader = ranked_reader(kind, RankedFields())
-        for field in row:
-            for name, cell in CELLS.items():
-                changed = {**row, field: cell}
-                if cell is NOTHING:
-                    del changed[field]
-                label = f"{kind}: {field}: {name}"
-                act = lambda changed=changed, reader=reader: reader(changed, "data.jsonl row 7")  # noqa: E731
-                yield Trial("row", label, "data.jsonl row 7", act)
 
 
 NOTES = {
@@ -231,8 +178,8 @@ def files(models: SimpleNamespace, folder: Path) -> Iterator[Trial]:
             (f"{reference}.chat_template", at), ("poft.references", [{"scores": at, "name": "s"}]),
             (f"{reference}.model", at), ("poft.score_cache", at),
         ):  # fmt: skip
-            changed = _changed(config, place, value)
-            yield Trial("file", f"{place}: {there}", there, lambda changed=changed: _register(changed))
+            other = changed(config, place, value)
+            yield Trial("file", f"{place}: {there}", there, lambda other=other: _register(other))
 
 
 def _note_reader(folder: Path, note: str) -> Callable[[], Any]:
@@ -251,7 +198,7 @@ def _score_file(label: str, folder: Path, table: pa.Table) -> Trial:
 
 def trials(models: SimpleNamespace, folder: Path) -> list[Trial]:
     """The corpus."""
-    return [*configs(models, folder), *rows(), *files(models, folder)]
+    return [*configs(models, folder), *rows(), *conversations(models), *files(models, folder)]
 
 
 def table(found: dict[Trial, tuple[str, str]]) -> str:

@@ -18,10 +18,10 @@ def endings(models: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -
 def test_the_corpus_is_large(endings: dict[corpus.Trial, tuple[str, str]]) -> None:
     print(corpus.table(endings))
     assert len(endings) >= 800
-    assert {trial.kind for trial in endings} == {"config", "row", "file"}
+    assert {trial.kind for trial in endings} == {"config", "row", "conversation", "file"}
 
 
-@pytest.mark.parametrize("kind", ["config", "row", "file"])
+@pytest.mark.parametrize("kind", ["config", "row", "conversation", "file"])
 def test_every_entry_works_or_ends_in_one_message(endings: dict[corpus.Trial, tuple[str, str]], kind: str) -> None:
     mine = {trial.label: found for trial, found in endings.items() if trial.kind == kind}
     bad = {label: text for label, (ending, text) in mine.items() if ending in (corpus.UNNAMED, corpus.RAW)}

@@ -13,6 +13,7 @@ from poft_plugin.data.ranked import RankedSample
 from poft_plugin.data.rows import RowError, Turn
 from poft_plugin.hosts.axolotl.ranked_fields import DIALOGUES, HH_RLHF, PAIRS, RANKED, RankedFields
 from poft_plugin.hosts.axolotl.ranked_rows import ranked_reader, unread_columns
+from poft_plugin.hosts.axolotl.reasoning import reasoning_of
 
 KINDS = (PAIRS[0], DIALOGUES, HH_RLHF, RANKED)
 COLUMNS = ("messages", "prompt", "system", "input", "chosen", "rejected", "responses", "scores", "ranks", "winner",
@@ -140,7 +141,8 @@ def test_no_text_of_the_fields_named_is_lost(kind: str, entry: dict[str, Any], r
     bare = kind == HH_RLHF and "\n\nHuman" not in f"{row['chosen']}{row['rejected']}"
     prompts = ["messages", "prompt"] if kind in (PAIRS[0], RANKED) else ["prompt"] if bare else []
     named = [*lists, *prompts, *(entry[name] for name in ("field_system", "field_input") if name in entry)]
-    found = words([turn.content for turn in sample.prompt]) | words(sample.responses)
+    texts = [*(turn.content for turn in sample.prompt), *sample.responses]
+    found = words([*texts, *map(reasoning_of, texts)])
     assert words([row.get(name) for name in named]) == found
     if entry.get("text_format") != "plain":
         for turn in sample.prompt:
@@ -158,7 +160,7 @@ USER, GOOD, BAD = (
     [
         (PAIRS[0], ["messages", "hh", "hh open"], ["messages", "hh", "hh open", "message", "text"]),
         (DIALOGUES, ["messages", "json", "hh", "hh open"], []),
-        (HH_RLHF, ["hh", "hh open"], ["text"]),
+        (HH_RLHF, ["hh", "hh open"], ["hh", "hh open", "text"]),
         (RANKED, ["messages", "hh", "hh open"], ["messages", "hh", "hh open", "message", "text"]),
     ],
 )

@@ -1,5 +1,6 @@
 """One text for everyone: what the host's labels train is the response, and references count the same tokens."""
 
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -220,6 +221,16 @@ def test_any_tokenizers_labels_are_read_back(any_tokenizer: Any, contents: list[
         TrainedText(any_tokenizer).check(turns, [*labels, *more], "row")
 
 
+def test_a_space_that_the_tokenizer_puts_before_a_response_is_not_trained_on() -> None:
+    """`type: alpaca` encodes an answer apart, so that SentencePiece writes one; one of the response's own stays."""
+    tokenizer = metaspace()
+    ids = tokenizer("a", add_special_tokens=False)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["▁", "a"]
+    reader, labels = TrainedText(tokenizer), [*ids, tokenizer.eos_token_id]
+    assert reader.completed((Turn("assistant", "a", True),), labels, labels) == [IGNORED, *labels[1:]]
+    assert reader.completed((Turn("assistant", " a", True),), labels, labels) == labels
+
+
 # Law 2: a token counts only by characters of the response
 
 
@@ -329,7 +340,9 @@ def test_the_coefficient_begins_at_one_half(models: SimpleNamespace, tmp_path: P
         dataset_prepared_path=str(tmp_path / "prepared"),
         learning_rate=1e-12,
     )
+    interrupt = signal.getsignal(signal.SIGINT)
     logs = hosting.train(path).logs
+    assert signal.getsignal(signal.SIGINT) == interrupt  # the host's own would save the model into `./out`
     assert len(logs) == 2 * len(LAW_ROWS)
     for log in logs:
         assert log["poft/coefficient"] == pytest.approx(0.5, abs=1e-5)
