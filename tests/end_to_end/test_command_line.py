@@ -1,21 +1,26 @@
 """The command line, as users type it: real processes for one run of each kind, the click group for the rest."""
 
+import importlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import hosting
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import tiny
 from axolotl.cli.main import cli
 from click.testing import CliRunner, Result
+
+from poft_plugin import plugins
 
 THIRD_PARTY = Path(__file__).parent.parent / "third_party"
 
@@ -119,6 +124,53 @@ def test_third_party_method(models: SimpleNamespace, tmp_path: Path, third_party
     assert 0 < len(kept) < 12
     assert sorted(logged(output, "toy/bonus")) == pytest.approx(sorted(1 / count for count in kept), rel=1e-3)
     assert f"{12 - len(kept)} of 12 rows left out by the filter short_rows" in output
+
+
+@pytest.fixture
+def with_third_party(third_party: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The package in this process: found as an installed one, by its entry point."""
+    monkeypatch.syspath_prepend(third_party)
+    importlib.invalidate_caches()
+    for cached in (plugins.manager, plugins.registry):
+        cached.cache_clear()
+    yield
+    for cached in (plugins.manager, plugins.registry):
+        cached.cache_clear()
+    for name in ("toy_method", "ifd_method"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.usefixtures("preprocessing", "with_third_party")
+def test_a_method_with_a_scorer_of_its_own(models: SimpleNamespace, in_folder: Path) -> None:
+    """Two jobs on one checkpoint, by a package that no line of ours knows: every command takes them, and it trains."""
+    block = {"model": str(models.ref_a), "score_cache": "./scores"}
+    path = str(config(in_folder, models, rl="ifd", poft=None, ifd=block))
+    methods = poft("methods")
+    assert re.search(r"ifd +toy[-_]method", methods.output) and re.search(r"deft_dpo +poft_plugin", methods.output)
+    plan = poft("plan", path)
+    assert plan.exit_code == 0, plan.output
+    assert len(re.findall(r"ref_a .*12.*0 .*12 ", plan.output)) == 2
+    shown = poft("score", path, "--show", "1")
+    assert shown.output.count("tokens counted") == 2
+    assert poft("score", path).exit_code == 0
+    assert poft("score", path).output.count("difficulty model ref_a: 12 rows cached, 0 to score") == 2
+    assert "24 lines" in poft("export", path, "--out", "all.parquet").output
+    table = pq.read_table("all.parquet")
+    assert set(table["model"].to_pylist()) == {"ifd: with the prompt", "ifd: without it"}
+    both = ["poft_plugin.PoftPlugin", "hosting.RecorderPlugin"]
+    cached = {**block, "missing_scores": "error"}
+    run = hosting.train(config(in_folder, models, rl="ifd", poft=None, ifd=cached, plugins=both))
+    asked, alone = (table.filter(pc.equal(table["model"], name))["reward"].to_numpy() for name in NAMES)
+    assert sorted(log["ifd/difficulty"] for log in run.logs) == pytest.approx(sorted(asked / alone), rel=1e-4)
+    elsewhere = str(config(in_folder, models, rl="ifd", poft=None, ifd={**block, "score_cache": "./other"}))
+    imported = poft("import", elsewhere, "all.parquet")
+    assert imported.output.count("12 scores imported") == 2, imported.output
+    assert poft("score", elsewhere).output.count("12 rows cached, 0 to score") == 2
+    pq.write_table(table.filter(pc.equal(table["model"], NAMES[0])).drop(["model"]), "whose.parquet")
+    assert "no column `model`; with several models it must say whose" in poft("import", path, "whose.parquet").output
+
+
+NAMES = ("ifd: with the prompt", "ifd: without it")
 
 
 def test_third_party_preferences_inside_deft(models: SimpleNamespace, tmp_path: Path, third_party: Path) -> None:

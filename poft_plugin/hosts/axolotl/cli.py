@@ -40,6 +40,19 @@ def poft() -> None:
 
 
 @poft.command()
+def methods() -> None:
+    """List the rl types that are installed, and the packages that they come from."""
+    with one_message():
+        from poft_plugin.plugins import registry
+
+        found = registry()
+        names = sorted(name for name, method in found.methods.items() if method.alone)
+        width = max(map(len, names)) + 2
+        for name in names:
+            click.echo(f"{name:<{width}}{found.packages[name]:<16}{found.methods[name].paper}")
+
+
+@poft.command()
 @CONFIG
 @click.option("--probe", type=click.IntRange(min=1), help="Time this many batches of each model.")
 @_command

@@ -44,12 +44,14 @@ class Session:
         cfg: the host's validated config.
         run: the method and its settings.
         context: this process.
+        engine: how jobs are done; None: by the processes of this launch.
     """
 
     config: str
     cfg: DictDefault
     run: MethodRun
     context: RunContext
+    engine: Engine | None = None
 
     @classmethod
     def open(cls, config: str) -> "Session":
@@ -67,7 +69,7 @@ class Session:
     @cached_property
     def stages(self) -> RunStages:
         """The stages of its rows."""
-        return RunStages(self.cfg, self.run, self.context)
+        return RunStages(self.cfg, self.run, self.context, self.engine)
 
     def plan(self, batches: int | None) -> None:
         """Prints the plan, with `batches` the time of that many of each model; and grades that need no scoring."""
@@ -104,12 +106,11 @@ class Session:
                 f"{measured.tokens_per_second:,.0f} tokens/s; {hours:.2g} hours for the rest on one process"
             )
 
-    def score(self, engine: Engine | None = None) -> None:
+    def score(self) -> None:
         """Scores what is missing, stage by stage: grading and filters come between."""
         if self.context.rank == 0:
             self._plan_scoring(None)
-        stages = RunStages(self.cfg, self.run, self.context, engine)
-        _ = stages.kept
+        _ = self.stages.kept
 
     def score_share(self, share: Share) -> None:
         """Scores one share of what is missing; a stage that is behind other shares' scores is left for later."""
