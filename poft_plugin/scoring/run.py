@@ -15,14 +15,18 @@ import torch
 from poft_plugin.data.preparation import Rows, RunContext
 from poft_plugin.data.rows import RowError, raise_row_errors
 from poft_plugin.report.console import progress
-from poft_plugin.scoring.board import Board
+from poft_plugin.scoring.board import Board, scoring_ranks
 from poft_plugin.scoring.cache import REFUSED, Lookup, ScoreCache
+from poft_plugin.scoring.heartbeat import ALONE, DEAD_SECONDS, FIRST_SECONDS, LOADING_SECONDS, Pulse, batch_limit
 from poft_plugin.scoring.packs import pack_batches
 from poft_plugin.scoring.scorer import PreparedRow, Score, Scorer
 
 FLUSH_SECONDS = 30.0
 POLL_SECONDS = 1.0
 REMINDER_SECONDS = 120.0
+
+OWNERS_OF = 1000
+"""Missing rows whose processes are looked after: keys are hashes, so that these are nearly all that work."""
 
 GRACE_SECONDS = 60.0
 """How long files may take from one machine to another on a shared file system."""
@@ -45,15 +49,14 @@ class Share:
 
 
 def share_of(run: RunContext, devices: int) -> Share:
-    """The share of a process: where a copy takes several accelerators, only some processes hold one."""
-    workers = max(1, run.local_world_size // devices)
-    machines = run.world_size // run.local_world_size
-    machine = run.rank // run.local_world_size
-    index = machine * workers + run.local_rank if run.local_rank < workers else None
-    return Share(index, machines * workers)
+    """The share of a process."""
+    ranks = scoring_ranks(run, devices)
+    return Share(ranks.index(run.rank) if run.rank in ranks else None, len(ranks))
 
 
-def prepare_missing(scorer: Scorer, rows: Rows, cache: ScoreCache, share: Share) -> list[PreparedRow]:
+def prepare_missing(
+    scorer: Scorer, rows: Rows, cache: ScoreCache, share: Share, *, pulse: Pulse = ALONE
+) -> list[PreparedRow]:
     """Tokenizes this process's share of the rows that the cache lacks: all that can go wrong without weights does now.
 
     Args:
@@ -62,6 +65,7 @@ def prepare_missing(scorer: Scorer, rows: Rows, cache: ScoreCache, share: Share)
         cache: where scores are looked up; rows that are too long, or left out because they cannot be read, are noted
             there.
         share: this process's part.
+        pulse: tells the other processes that the work goes on.
 
     Returns:
         The rows that fit the scorer's context.
@@ -74,10 +78,12 @@ def prepare_missing(scorer: Scorer, rows: Rows, cache: ScoreCache, share: Share)
     mine = [int(index) for index in missing if share.holds(rows.keys[int(index)].as_py())]
     prepared, errors, droppable = [], {}, rows.droppable
     for index in progress(mine, description=f"{scorer.name}: tokens"):
+        pulse.step(f"preparing rows for {scorer.name}", DEAD_SECONDS)
         try:
             prepared.append(scorer.prepare_row(rows, index))
         except RowError as error:
             errors[index] = str(error)
+    pulse.step(f"prepared rows for {scorer.name}")
     raise_row_errors([text for index, text in errors.items() if not droppable[index]], len(mine))
     if errors:
         refused = [rows.keys[index].as_py() for index in errors]
@@ -103,6 +109,7 @@ def score_prepared(
     *,
     device: str,
     batch_tokens: int | None,
+    pulse: Pulse = ALONE,
 ) -> None:
     """Scores prepared rows and writes the scores, every now and then.
 
@@ -114,6 +121,7 @@ def score_prepared(
         device: where the model goes.
         batch_tokens: tokens of a batch, padding included; a longer row makes a batch of its own. None for
             `default_batch_tokens`.
+        pulse: tells the other processes that the work goes on.
 
     Raises:
         ValueError: for a reward that is not finite, or above what the scorer can give, naming the row; what was scored
@@ -121,10 +129,13 @@ def score_prepared(
     """
     if not prepared:
         return
+    pulse.step(f"loading {scorer.name}", LOADING_SECONDS)
     scorer.load(device)
     done: list[Score] = []
-    flushed = time.monotonic()
+    flushed = began = time.monotonic()
+    slowest, scoring = 0.0, f"scoring with {scorer.name}"
     try:
+        pulse.step(scoring, FIRST_SECONDS)
         with progress(total=len(prepared), description=f"{scorer.name}: scores") as bar:
             for batch in batches_for(scorer, prepared, batch_tokens or default_batch_tokens(device)):
                 scores = scorer.score(batch)
@@ -134,10 +145,13 @@ def score_prepared(
                 if time.monotonic() - flushed > FLUSH_SECONDS:
                     cache.write(scorer.identity, done)
                     done, flushed = [], time.monotonic()
+                slowest, began = max(slowest, time.monotonic() - began), time.monotonic()
+                pulse.step(scoring, batch_limit(slowest))
     finally:
         if done:
             cache.write(scorer.identity, done)
         scorer.unload()
+    pulse.step(f"scored its rows with {scorer.name}")
 
 
 def refuse_long_rows(name: str, rows: Rows, lengths: Mapping[str, int], *, drop: bool, what: str = "reference") -> None:
@@ -177,11 +191,15 @@ def wait_for_others(
 
     Raises:
         ValueError: if a process that has finished wrote to another folder than this one reads.
+        ProcessLostError: if a process whose rows are missing has failed, is gone or hangs.
     """
     reminded = finished = time.monotonic()
     while (lookup := cache.lookup(scorer.identity, rows.keys)).missing.any():
-        owner = int(rows.keys[int(np.flatnonzero(lookup.missing)[0])].as_py(), 16) % shares
-        machine = None if board is None else board.machine_of(owner)
+        first = np.flatnonzero(lookup.missing)[:OWNERS_OF]
+        owners = [int(rows.keys[int(index)].as_py(), 16) % shares for index in first]
+        owner, machine = owners[0], board and board.machine_of(owners[0])
+        if board is not None:
+            board.check(set(owners))
         if machine is None:
             finished = time.monotonic()
         elif time.monotonic() - finished > GRACE_SECONDS:

@@ -8,10 +8,11 @@ import numpy as np
 
 from poft_plugin.config import ScoringBlock
 from poft_plugin.data.preparation import Rows, RunContext
-from poft_plugin.scoring.board import open_board
+from poft_plugin.scoring.board import open_board, scoring_ranks
 from poft_plugin.scoring.cache import Lookup, ScoreCache
 from poft_plugin.scoring.checkpoints import Checkpoint, MissingCheckpointError, resolve_checkpoint
 from poft_plugin.scoring.exchange import ImportedScores, imported_scores
+from poft_plugin.scoring.heartbeat import Pulse, beating
 from poft_plugin.scoring.run import (
     accelerator,
     prepare_missing,
@@ -171,23 +172,31 @@ def score_all(
     Raises:
         ValueError: for scores that are missing where nothing may be scored, or as the scorer.
     """
+    with beating(run) as pulse:
+        _score_missing(sources, rows, cache, settings=settings, run=run, pulse=pulse)
+    return [source.lookup(rows, cache) for source in sources]
+
+
+def _score_missing(
+    sources: Sequence[Source], rows: Rows, cache: ScoreCache, *, settings: ScoringBlock, run: RunContext, pulse: Pulse
+) -> None:
     unscored = [_unscored(source, rows, cache, settings, run) for source in sources]
     shares = [share_of(run, source.scorer.devices) if source.scorer else None for source in sources]
     prepared = [
-        prepare_missing(source.scorer, todo, cache, share) if source.scorer and share and len(todo) else []
+        prepare_missing(source.scorer, todo, cache, share, pulse=pulse) if source.scorer and share and len(todo) else []
         for source, todo, share in zip(sources, unscored, shares, strict=True)
     ]
     for source, todo, ready, share in zip(sources, unscored, prepared, shares, strict=True):
         if source.scorer is None or share is None:
             continue
-        board = open_board(run, source.scorer.identity, rows.keys)
+        devices = source.scorer.devices
+        board = open_board(pulse, source.scorer.identity, rows.keys, scoring_ranks(run, devices))
         if ready:
-            device = accelerator(run, source.scorer.devices)
-            score_prepared(source.scorer, ready, todo, cache, device=device, batch_tokens=settings.batch_tokens)
+            device, tokens = accelerator(run, devices), settings.batch_tokens
+            score_prepared(source.scorer, ready, todo, cache, device=device, batch_tokens=tokens, pulse=pulse)
         board.announce(share.index)
         if len(todo):
             wait_for_others(source.scorer, todo, cache, shares=share.count, board=board)
-    return [source.lookup(rows, cache) for source in sources]
 
 
 def _note_difference(label: str, imported: Identity, here: Identity, *, kind: str) -> None:

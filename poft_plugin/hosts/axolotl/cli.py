@@ -117,7 +117,10 @@ def _show(session: "Session", count: int) -> None:
 
 @_command
 def _score(session: "Session", num_shards: int | None, shard: int | None) -> None:
-    session.score(num_shards, shard)
+    from poft_plugin.scoring.heartbeat import beating
+
+    with beating(session.context):  # from here on: the first process makes the plan while others wait for its share
+        session.score(num_shards, shard)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from poft_plugin.hosts.axolotl.ranked_datasets import (
 )
 from poft_plugin.hosts.axolotl.run import MethodRun
 from poft_plugin.plugins import registry
+from poft_plugin.scoring.heartbeat import beating
 
 LOG = get_logger("axolotl.poft_plugin")  # the host shows messages of its own namespace only
 
@@ -147,7 +148,8 @@ def prepare(
     context = run_context(cfg, purpose)
     if isinstance(run.settings, DeftConfig) and run.settings.omega:
         check_linear_head(cfg)
-    graded, others, whole = _graded(cfg, run, context)
+    with beating(context):
+        graded, others, whole = _graded(cfg, run, context)
     kept = _filtered(run, graded)
     finished = [_finished(kept, run, cfg, packed=bool(cfg.sample_packing)), *(_finished(p, run, cfg) for p in others)]
     if run.method.ranked:
