@@ -59,7 +59,7 @@ def make_absolute(cfg: Any, method: Method) -> None:
         ValueError: where several processes would each be a driver.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if processes > 1:
+    if processes > 1 and _starts_training():
         raise ValueError(
             f"use_ray: true in one of {processes} processes of a launcher: each of them would start a training of its "
             "own. Start one process: `axolotl train CONFIG --use-ray`"
