@@ -83,7 +83,7 @@ def test_a_worker_has_the_run_of_the_driver(
     monkeypatch.chdir(session)
     again, same = registered(sent)
     assert (same, again.rl) == (run, None)
-    assert ENTRIES == {digest: entries[digest] for digest in ENTRIES}
+    assert {digest: entries[digest] for digest in ENTRIES} == ENTRIES
     for section in ("datasets", "test_datasets"):
         assert [entry[SALT_FIELD] for entry in again[section]] == [entry[SALT_FIELD] for entry in cfg[section]]
         assert all(entry[SALT_FIELD] in ENTRIES for entry in again[section])
