@@ -61,7 +61,10 @@ def test_labels_and_sources(settings: dict[str, str], label: str, source: str) -
     "settings",
     [
         {"beta": 1e-9},
+        {"beta": 1000.0},
         {"gamma": -3.5},
+        {"gamma": -100.0},
+        {"gamma": 100.0},
         {"keep_top_percent": 100},
         {"keep_top_percent": 0.1},
         {"keep_within": "dataset", "keep_top_percent": 50.0},
@@ -92,7 +95,11 @@ def test_a_number_that_yaml_reads_as_text_is_a_number() -> None:
         ({"beta": -1.5}, r"poft\.beta: .*greater than 0 \(given: -1\.5\)"),
         ({"beta": float("inf")}, r"poft\.beta: .*finite number \(given: inf\)"),
         ({"beta": "much"}, r"poft\.beta: .*valid number.* \(given: 'much'\)"),
+        ({"beta": 1000.1}, r"poft\.beta: .*less than or equal to 1000 \(given: 1000\.1\)"),
+        ({"beta": "1e30"}, r"poft\.beta: .*less than or equal to 1000 \(given: '1e30'\)"),
         ({"gamma": float("nan")}, r"poft\.gamma: .*finite number \(given: nan\)"),
+        ({"gamma": 101}, r"poft\.gamma: .*less than or equal to 100 \(given: 101\)"),
+        ({"gamma": -1e9}, r"poft\.gamma: .*greater than or equal to -100 \(given: -1000000000\.0\)"),
         (
             {"include_end_of_turn": "perhaps"},
             r"poft\.include_end_of_turn: .*'auto', True or False \(given: 'perhaps'\)",

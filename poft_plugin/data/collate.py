@@ -40,6 +40,7 @@ class MethodCollator:
             row, or a number for all of them.
         padding_side: where the host pads.
         optional: columns that are taken along where the rows have them.
+        count_positions: give batches without position ids some: models count padding, too, without them.
 
     Returns:
         On call: the host's batch, plus `sequence_ids (R, L)` (the sequence of each token, -1 on padding),
@@ -53,6 +54,7 @@ class MethodCollator:
     columns: tuple[str, ...]
     padding_side: str = "right"
     optional: tuple[str, ...] = ()
+    count_positions: bool = False
 
     def __call__(self, features: Sequence[Row] | Sequence[Sequence[Row]]) -> dict[str, Any]:
         """Features come as a list of rows, or, packed, as a list of packs of rows."""
@@ -64,6 +66,8 @@ class MethodCollator:
         tokens = [[{k: v for k, v in row.items() if k in TOKEN_COLUMNS} for row in pack] for pack in packs]
         batch = dict(self.tokens(tokens if packed else [row for pack in tokens for row in pack]))
         batch[SEQUENCE_IDS] = _sequence_ids(packs, batch["input_ids"], self.padding_side)
+        if self.count_positions or "position_ids" in batch:
+            batch["position_ids"] = _within_reach(batch.get("position_ids"), batch[SEQUENCE_IDS])
         return batch | columns
 
     def _columns(self, rows: Sequence[Row]) -> dict[str, Tensor]:
@@ -98,6 +102,19 @@ def _sequence_ids(packs: Sequence[Sequence[Row]], input_ids: Tensor, padding_sid
             ids[row, position : position + length] = number
             number, position = number + 1, position + length
     return ids
+
+
+def _within_reach(positions: Tensor | None, sequences: Tensor) -> Tensor:
+    """Position ids whose padding goes no farther than the longest sequence: some models look at the highest one.
+
+    Args:
+        positions: `(R, L)`, as the host pads them; None to count each row's, which is one sequence, from its first.
+        sequences: `(R, L)`, the sequence of each token, -1 on padding.
+    """
+    real = sequences != PADDING
+    if positions is None:
+        positions = torch.arange(real.shape[1], device=real.device) - real.int().argmax(dim=1, keepdim=True)
+    return torch.where(real, positions, positions % (positions[real].max() + 1))
 
 
 def _lengths(row: Row) -> list[int]:

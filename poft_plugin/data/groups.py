@@ -24,6 +24,12 @@ def longest_sequences(rows: Rows) -> np.ndarray:
     return np.maximum.reduceat(lengths, starts) if len(starts) else np.zeros(0, dtype=np.int64)
 
 
+def sequence_lengths(rows: Rows) -> list[np.ndarray]:
+    """Tokens of each sequence of each row."""
+    lengths, starts = _sequences(rows.table)
+    return np.split(lengths, starts[1:])
+
+
 def lay_out(rows: Rows, *, share_prompts: bool = False) -> pa.Table:
     """Token columns for the trainer, the sequences of each row from best to worst.
 

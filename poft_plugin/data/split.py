@@ -24,6 +24,6 @@ def evaluation_rows(keys: Sequence[str], count: int) -> np.ndarray:
         [False, True, False, True]
     """
     names = np.asarray(keys)
-    if count < 1:
+    if count < 1 or not len(names):
         return np.zeros(len(names), dtype=bool)
     return np.asarray(names <= np.sort(names)[min(count, len(names)) - 1])

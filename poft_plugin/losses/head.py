@@ -133,9 +133,12 @@ def _linear_head(model: Any) -> nn.Linear:
     if hasattr(head, "modules_to_save"):
         head = head.modules_to_save[head.active_adapters[0]]
     if not isinstance(head, nn.Linear):
+        name = next((name for name, module in model.named_modules() if module is head), "lm_head")
+        kind = f"{type(head).__module__.partition('.')[0]}.{type(head).__name__}"
         raise ValueError(
-            f"{type(model).__name__}: its output head is a {type(head).__name__}, not a linear layer. If LoRA wraps "
-            "it, take `lm_head` out of `lora_target_modules` (or put it under `lora_modules_to_save`)"
+            f"{type(model).__name__}: its output head {name!r} is a {kind}, not a plain linear layer. If LoRA wraps "
+            f"it, list `lora_target_modules:` without {name!r} (instead of `lora_target_linear: true`, which takes in "
+            "some heads: GPT-NeoX's), or put it under `lora_modules_to_save:`"
         )
     return head
 

@@ -15,6 +15,7 @@ from poft_plugin.data.rows import Conversation, RowError
 from poft_plugin.losses import install_response_forward, mean_logps, response_positions
 from poft_plugin.losses.head import check_head
 from poft_plugin.losses.logps import IGNORED
+from poft_plugin.scoring.gguf_files import dequantized
 from poft_plugin.scoring.loading import load_complete
 from poft_plugin.scoring.packs import lay_out, pack_inputs, predictions
 from poft_plugin.scoring.pretrained import PROBE_TOKENS, PROBE_TOLERANCE, PretrainedScorer
@@ -52,6 +53,7 @@ class CausalLMScorer(PretrainedScorer):
         identity = self._identity(
             CONTRACT,
             quantization=self.settings.quantization,
+            **self.stored_quantization,
             truncated_to=self.context_length if self.settings.on_long_row == "truncate" else None,
             include_end_of_turn=self.include_end_of_turn,
         )
@@ -105,13 +107,18 @@ class CausalLMScorer(PretrainedScorer):
             ValueError: if the checkpoint is not complete, the head does not give what the model's own logits say, or
                 a row's score depends on the rows beside it.
         """
+        # not None where it is not to be shrunk: that would hide how a checkpoint was quantized already
+        config = self.quantization_config
+        shrunk: dict[str, Any] = {} if config is None else {"quantization_config": config}
+        if self.checkpoint.gguf is not None:
+            shrunk = dequantized()
         model = load_complete(
             AutoModelForCausalLM,
             self.checkpoint.location,
             self.title,
             dtype=self.dtype,
             attn_implementation=self.attention,
-            quantization_config=self.quantization_config,
+            **shrunk,
             **_placement(device, self.settings.devices),
             **self._source,
         ).eval()
@@ -120,6 +127,15 @@ class CausalLMScorer(PretrainedScorer):
         check_head(model, parts.transform, int(parts.head.weight.shape[0]), torch.device(device))
         self._check_batches()
         self._try_packs()
+
+    @property
+    def stored_quantization(self) -> dict[str, str]:
+        """How its checkpoint is quantized already, as a part of its identity; nothing where it is not."""
+        stored = getattr(self.config, "quantization_config", None)
+        if stored is None:
+            return {}
+        found = stored if isinstance(stored, dict) else stored.to_dict()
+        return {"stored_quantization": str(found.get("quant_method"))}
 
     @property
     def quantization_config(self) -> BitsAndBytesConfig | None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ from poft_plugin.scoring.cache import ScoreCache
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "config.json", "*.index.json", "*.py")
 LOCAL_PREFIXES = (".", "/", "~")
 GGUF = ".gguf"
+GGUF_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
+WHOLE = (".safetensors", ".bin", ".pt", ".pth")
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
 
 
@@ -71,6 +74,12 @@ def resolve_checkpoint(model: str, revision: str | None, cache: ScoreCache, what
     path, title = Path(os.path.expanduser(model)), f"{what} {model}"
     is_folder = os.path.isdir(path)  # unlike pathlib's, it knows names that no folder can have
     is_gguf = path.suffix == GGUF and not is_folder
+    if is_gguf and (part := GGUF_PART.search(model)):
+        whole = Path(model).name.removesuffix(part.group()) + GGUF
+        raise MissingCheckpointError(
+            f"{title}: one part of a GGUF file that was split; parts are not put together here. Join them "
+            f"(`llama-gguf-split --merge {Path(model).name} {whole}`), and give that file as `model:`"
+        )
     if is_folder or (is_gguf and os.path.isfile(path)):
         if revision is not None:
             raise ValueError(f"{title}: `revision: {revision}` is for hub models; this is a local one")
@@ -127,15 +136,26 @@ def _downloaded_commit(model: str, revision: str | None, title: str, file: str) 
 
 
 def _check_files(names: set[str], title: str, needed: str = CONFIG) -> None:
-    """Refuses what is no model by its file names; a repository that lists no files is left to the loader."""
-    if needed in names or not names:
-        return
+    """Refuses what is no model by its file names; a repository that lists no files is left to the loader.
+
+    transformers loads a folder with an adapter as the adapter's base model: whatever else is in it is not the model.
+    """
     gguf = sorted(name for name in names if name.endswith(GGUF))
-    hint = f"no {needed} in it"
-    if ADAPTER in names:
-        hint = "a LoRA adapter: merge it first (`axolotl merge-lora`), and give the merged folder as `model:`"
-    elif gguf:
-        hint += f"; a GGUF file is named itself, after the folder or repository: `.../{gguf[0]}`"
+    only_gguf = bool(gguf) and needed == CONFIG and not any(name.endswith(WHOLE) for name in names)
+    if ADAPTER in names and needed == CONFIG:
+        auto = "AutoPeftModelForSequenceClassification" if title.startswith("reward") else "AutoPeftModelForCausalLM"
+        labels = ", num_labels=1" if title.startswith("reward") else ""
+        hint = (
+            "a LoRA adapter: merge it first (`axolotl merge-lora`, or peft's "
+            f"`{auto}.from_pretrained(ADAPTER{labels}).merge_and_unload().save_pretrained(FOLDER)`, its tokenizer "
+            "beside it), and give the merged folder as `model:`"
+        )
+    elif not names or (needed in names and not only_gguf):
+        return
+    else:
+        hint = "no weights in it" if needed in names else f"no {needed} in it"
+        if gguf:
+            hint += f"; a GGUF file is named itself, after the folder or repository: `.../{gguf[0]}`"
     raise MissingCheckpointError(f"{title}: not a model folder: {hint}")
 
 

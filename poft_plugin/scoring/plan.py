@@ -206,7 +206,9 @@ def _print_disk(plans: Sequence[ScoringPlan], cache: ScoreCache, console: Consol
 
 
 def _location(scorer: Scorer) -> str:
-    where = scorer.checkpoint.location
-    pinned = f"commit {scorer.checkpoint.commit}" if scorer.checkpoint.commit else "local folder"
+    file = scorer.checkpoint.gguf
+    where = scorer.checkpoint.location if file is None else f"{scorer.checkpoint.location}/{file}"
+    local = "local folder" if file is None else "local file"
+    pinned = f"commit {scorer.checkpoint.commit}" if scorer.checkpoint.commit else local
     context = "" if scorer.context_length is None else f", context {scorer.context_length}"
     return f"{where} ({pinned}), {str(scorer.dtype).removeprefix('torch.')}{context}"

@@ -24,7 +24,7 @@ from poft_plugin.losses.head import unwrapped
 from poft_plugin.scoring.attention import complete_attention
 from poft_plugin.scoring.chat_templates import own_template, resolve_template
 from poft_plugin.scoring.checkpoints import Checkpoint
-from poft_plugin.scoring.gguf_files import check_gguf_installed, correct_special_tokens, gguf_path
+from poft_plugin.scoring.gguf_files import check_gguf_installed, correct_special_tokens, gguf_errors, gguf_path
 from poft_plugin.scoring.packs import probe_rows
 from poft_plugin.scoring.rope import RopeBounds, rope_bounds
 from poft_plugin.scoring.scorer import Identity, PreparedRow, Score
@@ -86,15 +86,19 @@ class PretrainedScorer(ABC):
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Its tokenizer."""
-        tokenizer = AutoTokenizer.from_pretrained(self.checkpoint.location, **self._source)
-        if self.checkpoint.gguf is not None:
-            correct_special_tokens(tokenizer, gguf_path(self.checkpoint))
+        source = self._source
+        with gguf_errors(self.checkpoint, self.title):
+            tokenizer = AutoTokenizer.from_pretrained(self.checkpoint.location, **source)
+            if self.checkpoint.gguf is not None:
+                correct_special_tokens(tokenizer, gguf_path(self.checkpoint))
         return tokenizer
 
     @cached_property
     def config(self) -> Any:
         """Its transformers config."""
-        return AutoConfig.from_pretrained(self.checkpoint.location, **self._source)
+        source = self._source
+        with gguf_errors(self.checkpoint, self.title):
+            return AutoConfig.from_pretrained(self.checkpoint.location, **source)
 
     @cached_property
     def chat_template(self) -> str:

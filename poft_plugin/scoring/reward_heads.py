@@ -1,6 +1,8 @@
 """What a sequence-classification checkpoint is by its head, where its config.json does not say it."""
 
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,31 +46,32 @@ def is_openrlhf(config: Any) -> bool:
     return list(config.architectures or []) == [OPENRLHF]
 
 
-def stored_head(checkpoint: Checkpoint) -> Head | None:
+def stored_head(checkpoint: Checkpoint, names: Sequence[str] = HEADS) -> Head | None:
     """The head that lies in a checkpoint's files; None where none of the known names is there.
 
     Only names and shapes are read (of a hub model, its files are fetched first).
 
     Args:
         checkpoint: resolved.
+        names: that a head may have.
     """
     for name in FILES:
         path = _file(checkpoint, name)
         if path is not None:
-            return _head_of(path)
+            return _head_of(path, names)
         index = _file(checkpoint, f"{name}.index.json")
         if index is not None:
             files = json.loads(index.read_text())["weight_map"]
-            held = next((head for head in HEADS if head in files), None)
+            held = next((head for head in names if head in files), None)
             path = None if held is None else _file(checkpoint, files[held])
-            return None if path is None else _head_of(path)
+            return None if path is None else _head_of(path, names)
     return None
 
 
 def completed_config(config: Any, checkpoint: Checkpoint, title: str) -> tuple[Any, dict[str, str]]:
     """A config whose number of labels is that of the head, and how the head's weight is to be renamed.
 
-    OpenRLHF saves neither `num_labels` (whose default is 2) nor, in older versions, the usual name.
+    OpenRLHF saves neither `num_labels` (whose default is 2) nor, always, the usual name: `value_head_prefix` says it.
 
     Args:
         config: transformers' config, changed in place.
@@ -84,13 +87,14 @@ def completed_config(config: Any, checkpoint: Checkpoint, title: str) -> tuple[A
     own = is_openrlhf(config)
     if not own and (config.num_labels == 1 or not _is_classifier(config)):
         return config, {}
-    head = stored_head(checkpoint)
+    names = _head_names(config)
+    head = stored_head(checkpoint, names)
     if own:
-        _check_openrlhf(config, head, title)
+        _check_openrlhf(config, head, names, title)
     if head is not None and head.rows == 1:
         config.num_labels = 1
-    if head is not None and head.name.startswith("value_head"):
-        return config, {r"^value_head\.": "score."}
+    if head is not None and head.name not in HEADS[:2]:
+        return config, {rf"^{re.escape(head.name.removesuffix('weight'))}": "score."}
     return config, {}
 
 
@@ -131,13 +135,19 @@ def _is_classifier(config: Any) -> bool:
     return is_openrlhf(config) or any(name.endswith("ForSequenceClassification") for name in named)
 
 
-def _check_openrlhf(config: Any, head: Head | None, title: str) -> None:
+def _head_names(config: Any) -> tuple[str, ...]:
+    """The names that a head may have: the one that OpenRLHF's config says comes first."""
+    prefix = getattr(config, "value_head_prefix", None)
+    return HEADS if not prefix else tuple(dict.fromkeys((f"{prefix}.weight", *HEADS)))
+
+
+def _check_openrlhf(config: Any, head: Head | None, names: Sequence[str], title: str) -> None:
     """Refuses what OpenRLHF's own forward does besides, and bodies without a sequence classifier."""
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise ValueError(f"{title}: a {OPENRLHF} over {config.model_type}, for which there is no sequence classifier")
     if head is None:
         raise ValueError(
-            f"{title}: a {OPENRLHF} (as OpenRLHF saves them), and no head named {' or '.join(HEADS)} in its "
+            f"{title}: a {OPENRLHF} (as OpenRLHF saves them), and no head named {' or '.join(names)} in its "
             "weights. Rename it to score.weight there, or download the weights first"
         )
     if getattr(config, "normalize_reward", False):
@@ -159,11 +169,11 @@ def _file(checkpoint: Checkpoint, name: str) -> Path | None:
     return None if found is None else Path(found)
 
 
-def _head_of(path: Path) -> Head | None:
+def _head_of(path: Path, names: Sequence[str]) -> Head | None:
     if path.suffix == ".safetensors":
         with safe_open(path, "pt") as stored:
-            shapes = {name: stored.get_slice(name).get_shape() for name in HEADS if name in stored.keys()}  # noqa: SIM118
+            shapes = {name: stored.get_slice(name).get_shape() for name in names if name in stored.keys()}  # noqa: SIM118
     else:
         weights = torch.load(path, map_location="meta", weights_only=True, mmap=True)
-        shapes = {name: list(weights[name].shape) for name in HEADS if name in weights}
+        shapes = {name: list(weights[name].shape) for name in names if name in weights}
     return next((Head(name, int(shape[0])) for name, shape in shapes.items() if len(shape) == 2), None)

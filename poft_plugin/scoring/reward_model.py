@@ -229,7 +229,9 @@ class RewardModelScorer(PretrainedScorer):
         filler, special = self._filler, {*self.tokenizer.all_special_ids, self.config.get_text_config().pad_token_id}
         known = int(self._model.get_input_embeddings().num_embeddings)
         last = filler if isinstance(getattr(self._model, "score", None), nn.Linear) else None
-        rows = [*probe_sequences(known, special, self.max_length, last), *self._seen]
+        made_up = probe_sequences(known, special, self.max_length, last)
+        group = self.batch_group(len(made_up[0]))
+        rows = [*made_up, *(row for row in self._seen if self.batch_group(len(row)) == group)]
         alone = torch.cat([self._rewards(*right_padded([row], filler=filler)) for row in rows])
         others = {
             "in a padded batch": self._rewards(*right_padded(rows, filler=filler)),

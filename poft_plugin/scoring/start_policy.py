@@ -70,6 +70,7 @@ class StartPolicyScorer(CausalLMScorer):
                 **self.checkpoint.identity,
                 "dtype": str(self.dtype).removeprefix("torch."),
                 "quantization": self.quantization,
+                **self.stored_quantization,
             },
             highest=0.0,
         )

@@ -239,6 +239,10 @@ def test_weights_go_with_loss_types_and_smoothing_with_robust() -> None:
     ("keys", "message"),
     [
         ({"rl_beta": 0}, r"rl_beta: .*greater than 0 \(given: 0\)"),
+        ({"rl_beta": 1e4}, r"rl_beta: .*less than or equal to 1000 \(given: 10000\.0\)"),
+        ({"rl_beta": float("nan")}, r"rl_beta: .*finite number \(given: nan\)"),
+        ({"rl_beta": float("inf")}, r"rl_beta: .*finite number \(given: inf\)"),
+        ({"rl_beta": -0.1}, r"rl_beta: .*greater than 0 \(given: -0\.1\)"),
         ({"rl_beta": True}, r"rl_beta: expected a number, not true or false"),
         ({"dpo_loss_type": "kto"}, r"dpo_loss_type\.0: .*'sigmoid', 'hinge', 'ipo' or 'robust' \(given: 'kto'\)"),
         ({"dpo_loss_type": ["ipo", "x"]}, r"dpo_loss_type\.1: .*\(given: 'x'\)"),

@@ -250,3 +250,27 @@ def test_numbers_that_do_not_fit_the_sequences_are_refused(score: Any) -> None:
     pair = row(1, 2, 3, sequence_lengths=[2, 1], score=score)
     with pytest.raises(ValueError, match=r"column 'score' has \d number\(s\) in a row of 2 sequence\(s\)"):
         collate([pair, row(4, score=-9.0)])
+
+
+@pytest.mark.parametrize(
+    ("side", "positions", "expected"),
+    [
+        ("right", [[0, 1, 0, 1, 2, 0, 1, 2, 3, 4]], [[0, 1, 0, 1, 2, 0, 1, 2, 0, 1]]),
+        ("left", [[0, 1, 2, 3, 4, 0, 1, 0, 1, 2]], [[0, 1, 2, 0, 1, 0, 1, 0, 1, 2]]),
+    ],
+)
+def test_positions_of_padding_go_no_farther_than_those_of_sequences(side: str, positions: Any, expected: Any) -> None:
+    """The host counts a run of padding through; some models take other frequencies by the highest position."""
+
+    def tokens(packs: Any) -> dict[str, Tensor]:
+        return {"input_ids": torch.zeros(1, 10, dtype=torch.long), "position_ids": torch.tensor(positions)}
+
+    batch = collate([[row(1, 2, score=1.0), row(3, 4, 5, score=2.0)]], tokens, side=side)
+    assert batch["position_ids"].tolist() == expected
+
+
+@pytest.mark.parametrize(("side", "expected"), [("right", [[0, 1, 2], [0, 1, 2]]), ("left", [[0, 1, 2], [2, 0, 1]])])
+def test_positions_are_counted_where_asked_for(side: str, expected: Any) -> None:
+    collator = MethodCollator(lambda rows: padded(rows, side), ("score",), side, count_positions=True)
+    assert collator([row(1, 2, 3, score=1.0), row(4, 5, score=2.0)])["position_ids"].tolist() == expected
+    assert "position_ids" not in collate([row(1, 2, score=1.0)])

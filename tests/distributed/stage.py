@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node=2 stage.py JOBS.json
 
-A job has a name, a config file, and maybe a DeepSpeed config and a checkpoint to resume from; the results go beside it,
-rank 0's as `JOBS.results.json`.
+A job has a name, a config file, and maybe a DeepSpeed config, a checkpoint to resume from, and the word that it stops;
+the results go beside it, rank 0's as `JOBS.results.json`.
 """
 
 import gc
@@ -37,12 +37,32 @@ def main(jobs: Path) -> None:
         for module, asked in zip(asking, is_zero3, strict=True):
             module.is_deepspeed_zero3_enabled = asked  # under ZeRO-3 the host answers yes from its first model on
         overrides = {name: job[name] for name in ("deepspeed", "resume_from_checkpoint") if job.get(name)}
-        recording = hosting.train(Path(job["config"]), **overrides)
-        results[job["name"]] = _result(recording)
+        results[job["name"]] = _stopped(job, overrides) if job.get("stops") else _result(_train(job, overrides))
         if int(os.environ["RANK"]) == 0:
             jobs.with_suffix(".results.json").write_text(json.dumps(results))
-        recording.trainer = None
+        hosting.RecorderPlugin.recording.trainer = None
     torch.distributed.barrier()
+
+
+def _train(job: dict[str, Any], overrides: dict[str, Any]) -> Any:
+    import hosting
+
+    return hosting.train(Path(job["config"]), **overrides)
+
+
+def _stopped(job: dict[str, Any], overrides: dict[str, Any]) -> list[Any]:
+    """Of a run that has to end in an error: on each rank, what it said, and after which step."""
+    import hosting
+    from accelerate.utils import gather_object
+
+    try:
+        _train(job, overrides)
+    except ValueError as error:
+        found = [str(error), hosting.RecorderPlugin.recording.trainer.state.global_step]
+    else:
+        found = ["", -1]
+    everywhere: list[Any] = gather_object([found])
+    return everywhere
 
 
 def _result(recording: Any) -> dict[str, Any]:

@@ -69,6 +69,12 @@ WIDE = {f"{name}, wide": {**ALONE[name], "micro_batch_size": 2 * ALONE[name].get
         for name in [*PLAIN, *(f"{name} packed" for name in PLAIN)]}  # fmt: skip
 """The same without accumulation: what a rank accumulated is one micro-batch."""
 
+BROKEN = "poft, broken on one rank"
+"""Stops in its second step; it is the last that ranks train."""
+
+STOPS = {**PLAIN["poft"], "plugins": ["poft_plugin.PoftPlugin", "hosting.RecorderPlugin", "breaking.BreakingPlugin"],
+         "save_strategy": "steps", "save_steps": 1, "test_datasets": None}  # fmt: skip
+
 VARIANTS = {**ALONE, **WIDE}
 STAGES = ("ddp", "zero1", "zero2", "zero3")
 COVERING = {
@@ -110,7 +116,7 @@ def write_rows(folder: Path) -> None:
 def config(folder: Path, models: SimpleNamespace, name: str, **changes: Any) -> Path:
     """The config of one variant; two ranks of two micro-batches of two rows (or a pack) make one step of eight rows."""
     write_rows(folder)
-    variant = VARIANTS[name]
+    variant = STOPS if name == BROKEN else VARIANTS[name]
     held_out = {**variant["datasets"][0], "split": "train"}
     settings: dict[str, Any] = {
         "base_model": str(models.policy),
@@ -183,7 +189,8 @@ def staged(models: SimpleNamespace, workplace: Path, request: pytest.FixtureRequ
     def run(stage: str) -> dict[str, Any]:
         if stage not in found:
             names = [params["name"] for params in selected if params["stage"] == stage]
-            found[stage] = _torchrun(stage, [name for name in VARIANTS if name in names], models, workplace)
+            chosen = [name for name in [*VARIANTS, BROKEN] if name in names]
+            found[stage] = _torchrun(stage, chosen, models, workplace)
         return found[stage]
 
     return run
@@ -192,7 +199,7 @@ def staged(models: SimpleNamespace, workplace: Path, request: pytest.FixtureRequ
 def _torchrun(stage: str, names: list[str], models: SimpleNamespace, folder: Path) -> dict[str, Any]:
     deepspeed = None if stage == "ddp" else str(HERE / f"{stage}.json")
     jobs = [
-        {"name": name, "deepspeed": deepspeed,
+        {"name": name, "deepspeed": deepspeed, "stops": name == BROKEN,
          "config": str(config(folder, models, name, output_dir=str(folder / stage / name)))}
         for name in names
     ]  # fmt: skip
@@ -215,7 +222,7 @@ def run_jobs(jobs: list[dict[str, Any]], path: Path) -> dict[str, Any]:
 
 def for_ranks() -> dict[str, str]:
     """The environment of ranks: with ACCELERATE_USE_CPU, DeepSpeed would silently be plain DDP."""
-    path = f"{HERE}{os.pathsep}{HERE.parent}"
+    path = os.pathsep.join([str(HERE), str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     environment.pop("ACCELERATE_USE_CPU", None)
     return environment
@@ -267,6 +274,19 @@ def test_the_engine_is_real(stage: str, name: str, staged: Any) -> None:
     if stage == "zero3":
         assert found["local"] == 0
         assert found["stored"] <= 0.51 * found["whole"] + 64
+
+
+@pytest.mark.parametrize(("stage", "name"), [("ddp", BROKEN), ("zero3", BROKEN)])
+def test_what_is_not_finite_on_one_rank_stops_every_rank(stage: str, name: str, staged: Any, workplace: Path) -> None:
+    """All within the same step, before the optimizer moves; all name the broken rank's rows, and nothing is saved."""
+    (said, step), (other, other_step) = staged(stage)[name]
+    assert said == other
+    assert step == other_step == 1
+    assert said.startswith("step 2: a loss is not finite")
+    rows = re.findall(r"chats\.jsonl row \d+ \(key [0-9a-f]{32}\): nan", said)
+    assert len(set(rows)) == len(rows) == ROWS // 2
+    saved = {file.parent.name for file in (workplace / stage / name).rglob("*.safetensors")}
+    assert saved == {"checkpoint-1"}
 
 
 def test_a_resumed_zero3_run_ends_where_the_undisturbed_one_does(models: SimpleNamespace, workplace: Path) -> None:

@@ -198,6 +198,18 @@ def test_show(models: SimpleNamespace, in_folder: Path) -> None:
     assert "INFO" not in shown.output and "base_model" not in shown.output
 
 
+def test_the_first_screen_is_ours(models: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user runs it, in a process of its own: a logo, warnings of libraries, then the plan; nothing else."""
+    monkeypatch.delenv("AXOLOTL_LOG_LEVEL")
+    config(tmp_path, models)
+    lines = [line for line in axolotl(tmp_path, "poft", "plan", "config.yml").splitlines() if line.strip()]
+    assert len(lines) < 60
+    assert not [line for line in lines if "INFO" in line or "DEBUG" in line]
+    first = next(number for number, line in enumerate(lines) if line.startswith("config.yml: rl: poft"))
+    assert not [line for line in lines[:first] if "[axolotl" in line]  # the host says nothing before
+    assert sum("ref_" in line for line in lines[first:]) >= 2
+
+
 @pytest.mark.usefixtures("preprocessing")
 def test_names_are_no_markup(models: SimpleNamespace, in_folder: Path) -> None:
     references = [{"model": str(models.ref_a), "name": "[/x] :smile: [red]a"}]

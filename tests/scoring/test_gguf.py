@@ -87,7 +87,9 @@ def rewards(path: Path, cache: ScoreCache) -> list[float]:
 
 def test_scores_are_those_of_the_same_weights_in_a_folder(file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "unpacked"
-    AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).save_pretrained(folder)
+    AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32, **gguf_files.dequantized()
+    ).save_pretrained(folder)
     one = scorer(file, ScoreCache(tmp_path / "scores"))
     tokenizer = one.tokenizer
     assert tokenizer.eos_token == "<|im_end|>", "transformers reads the token that begins a text"
@@ -122,3 +124,42 @@ def test_what_cannot_be_done_is_said(file: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(gguf_files, "find_spec", lambda _: None)
     with pytest.raises(ValueError, match="`pip install gguf`"):
         _ = scorer(file, cache).tokenizer
+
+
+def test_a_split_file_is_refused(file: Path, tmp_path: Path) -> None:
+    for name in ("tiny-Q8-00001-of-00002.gguf", "tiny-Q8-00002-of-00002.gguf"):
+        (tmp_path / name).write_bytes(file.read_bytes())
+        message = rf"one part of .*`llama-gguf-split --merge {name} tiny-Q8\.gguf`"
+        with pytest.raises(MissingCheckpointError, match=message):
+            scorer(tmp_path / name, ScoreCache(tmp_path / "cache"))
+    with pytest.raises(MissingCheckpointError, match=r"^reference owner/name/q4-00001-of-00003\.gguf: one part of"):
+        scorer(Path("owner/name/q4-00001-of-00003.gguf"), ScoreCache(tmp_path / "cache"))
+
+
+def test_a_folder_with_a_file_and_a_config(file: Path, tmp_path: Path) -> None:
+    """As repositories of converted models are, some with a config.json: the file is named in the remedy."""
+    folder = tmp_path / "converted"
+    folder.mkdir()
+    (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(MissingCheckpointError, match=r"no weights in it; a GGUF file is named itself.*/tiny\.gguf`"):
+        scorer(folder, ScoreCache(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.02, 0.5, 0.99])
+def test_a_file_that_was_cut_off(file: Path, tmp_path: Path, kept: float) -> None:
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(file.read_bytes()[: int(kept * file.stat().st_size)])
+    with pytest.raises(ValueError, match=r"^reference 'cut\.gguf': .*cut\.gguf cannot be read.*[Dd]ownload it again"):
+        rewards(cut, ScoreCache(tmp_path / "cache"))
+
+
+def test_an_architecture_that_transformers_does_not_read(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "odd.gguf", "wavtokenizer-dec")
+    writer.add_tensor("x.weight", np.ones((2, 2), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match=r"^reference 'odd\.gguf': .*wavtokenizer-dec"):
+        scorer(tmp_path / "odd.gguf", ScoreCache(tmp_path / "cache")).check()

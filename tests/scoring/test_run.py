@@ -90,6 +90,26 @@ def test_a_log_probability_above_zero_is_refused(
     assert cache.lookup(scorer(models.ref_a, cache).identity, ROWS.keys).missing.all()
 
 
+@pytest.mark.parametrize("reward", [np.nan, np.inf, -np.inf, None, 0.5])
+def test_a_damaged_score_is_named_and_made_again(
+    models: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str], reward: float | None
+) -> None:
+    """What no log-probability is, in the file of scores: that row alone is scored again, to what it was."""
+    cache, run = ScoreCache(tmp_path), {"share": Share(0, 1), "device": "cpu", "batch_tokens": 999}
+    reference = scorer(models.ref_a, cache)
+    score_missing(reference, ROWS, cache, **run)
+    before = cache.lookup(reference.identity, ROWS.keys)
+    (file,) = tmp_path.glob("*/scores-*.parquet")
+    table, key = pq.read_table(file), ROWS.keys[3].as_py()
+    damaged = [reward if line["row_key"] == key else line["reward"] for line in table.to_pylist()]
+    pq.write_table(table.set_column(table.column_names.index("reward"), "reward", pa.array(damaged)), file)
+    assert score_missing(scorer(models.ref_a, cache), ROWS, cache, **run) == 1
+    assert f"1 lines cannot be scores, the first of row key {key}: reward {reward}" in capsys.readouterr().out
+    again = cache.lookup(reference.identity, ROWS.keys)
+    np.testing.assert_allclose(again.rewards, before.rewards, rtol=1e-6)
+    np.testing.assert_array_equal(again.num_tokens, before.num_tokens)
+
+
 def test_nothing_is_loaded_where_nothing_is_missing(
     models: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,7 +40,18 @@ def _shares_sequences(value: Any) -> bool:
     return not isinstance(value, Mapping) or value.get("size", 1) != 1
 
 
+def _is_gguf(value: Any) -> bool:
+    return str(value).endswith(".gguf")
+
+
 REFUSALS = (
+    Refusal(
+        "base_model",
+        _is_gguf,
+        "a GGUF file can be a reference, not a policy; give the folder or repository that it was made from, or one "
+        "that transformers makes of it: `AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE)` and the "
+        "`AutoTokenizer` alike, each with `.save_pretrained(NEW)`",
+    ),
     Refusal("streaming", bool, "rows must be there to be scored; remove it"),
     Refusal("pretraining_dataset", bool, "a pretraining set has no responses; use `datasets:`"),
     Refusal("train_on_inputs", bool, "the response alone is scored and trained on; set it to false"),

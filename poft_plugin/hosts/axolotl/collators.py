@@ -6,6 +6,7 @@ from axolotl.utils.collators import DataCollatorForSeq2Seq, V2BatchSamplerDataCo
 
 from poft_plugin.data.collate import MethodCollator
 from poft_plugin.data.columns import ROW_INDEX, SCORES
+from poft_plugin.hosts.axolotl.rotary import varies
 from poft_plugin.methods import Method
 
 
@@ -18,6 +19,7 @@ def host_collator(cfg: Any, method: Method, *, is_eval: bool) -> type[MethodColl
         is_eval: for the evaluation set, which is never packed.
     """
     packed = bool(cfg.sample_packing) and not is_eval
+    count_positions = not packed and varies(cfg)
     tokens = V2BatchSamplerDataCollatorForSeq2Seq if packed else DataCollatorForSeq2Seq
 
     class HostCollator(MethodCollator):
@@ -25,7 +27,11 @@ def host_collator(cfg: Any, method: Method, *, is_eval: bool) -> type[MethodColl
 
         def __init__(self, tokenizer: Any, **kwargs: Any) -> None:
             super().__init__(
-                tokens(tokenizer, **kwargs), (*method.columns, ROW_INDEX), tokenizer.padding_side, (SCORES,)
+                tokens(tokenizer, **kwargs),
+                (*method.columns, ROW_INDEX),
+                tokenizer.padding_side,
+                optional=(SCORES,),
+                count_positions=count_positions,
             )
 
     return HostCollator

@@ -177,11 +177,14 @@ class Session:
 
     def show(self, count: int) -> None:
         """Prints the first rows as each model sees them, counted tokens marked: all responses of a row together."""
-        if not console.is_terminal:
+        # the start policy reads the policy's own tokens
+        shown = [job for job in self.jobs if job.source.kind != START_POLICY]
+        if not shown:
+            console.print("nothing to show: no reference and no reward model reads these rows (`axolotl preprocess "
+                          "--debug` prints what the policy reads)")  # fmt: skip
+        elif not console.is_terminal:
             console.print("each token that counts is between « and »")
-        for job in self.jobs:
-            if job.source.kind == START_POLICY:
-                continue  # it is shown the policy's own tokens: `axolotl preprocess --debug` prints them
+        for job in shown:
             if not isinstance(job.source.scorer, PretrainedScorer):
                 console.print(f"{job.source.label}: imported scores, no model to show")
                 continue

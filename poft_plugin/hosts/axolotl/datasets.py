@@ -16,6 +16,7 @@ from datasets import Dataset, concatenate_datasets
 
 from poft_plugin.config import DeftConfig
 from poft_plugin.data.columns import CONVERSATION, DROPPABLE, GROUP, LEFT_OUT, ROW_INDEX, ROW_KEY, ROW_NUMBER, SOURCE
+from poft_plugin.data.groups import sequence_lengths
 from poft_plugin.data.preparation import Columns, Prepared, Purpose, Rows, RunContext
 from poft_plugin.data.split import evaluation_rows
 from poft_plugin.hosts.axolotl.checks import check_packing, check_share_prompt
@@ -29,9 +30,11 @@ from poft_plugin.hosts.axolotl.ranked_datasets import (
     laid_out,
     not_in_evaluation,
     pack_tokens,
+    report_ties,
     short_enough,
     too_long,
 )
+from poft_plugin.hosts.axolotl.rotary import check_frequencies
 from poft_plugin.hosts.axolotl.run import MethodRun
 from poft_plugin.plugins import registry
 from poft_plugin.scoring.heartbeat import beating
@@ -151,7 +154,8 @@ def prepare(
     with beating(context):
         graded, others, whole = _graded(cfg, run, context)
     kept = _filtered(run, graded)
-    finished = [_finished(kept, run, cfg, packed=bool(cfg.sample_packing)), *(_finished(p, run, cfg) for p in others)]
+    report_ties(kept.rows)
+    finished = [_finished(kept, run, cfg, training=True), *(_finished(p, run, cfg) for p in others)]
     if run.method.ranked:
         check_one_step(len(finished[0]), cfg, context)
     steps = None if purpose == "preprocess" else _count_steps(cfg, finished[0])
@@ -253,14 +257,20 @@ def _has_gaps(values: np.ndarray) -> bool:
     return values.dtype == object and any(value is None for value in values)
 
 
-def _finished(part: HostRows, run: MethodRun, cfg: DictDefault, *, packed: bool = False) -> Dataset:
+def _finished(part: HostRows, run: MethodRun, cfg: DictDefault, *, training: bool = False) -> Dataset:
     """The data set that the trainer gets: text columns off, the method's columns and a row index on."""
+    packed = training and bool(cfg.sample_packing)
+    together = packed or (cfg.micro_batch_size if training else cfg.eval_batch_size or cfg.micro_batch_size) > 1
     if run.method.ranked:
         part = _selected(part, short_enough(part.rows, cfg), *too_long(part.rows, cfg))
+        check_frequencies(cfg, lambda: sequence_lengths(part.rows), together=together, name=part.name)
         dataset = laid_out(part.rows, list(part.rows.attached), share_prompts=packed and run.share_prompts)
         if packed:
             check_pack(part.rows, np.asarray(dataset["length"]), cfg)
         return dataset
+    check_frequencies(
+        cfg, lambda: [np.array([len(ids)]) for ids in part.dataset["input_ids"]], together=together, name=part.name
+    )
     columns: dict[str, Sequence[float] | np.ndarray] = dict(part.rows.attached)
     columns[ROW_INDEX] = np.arange(len(part.rows))
     texts = [name for name in (CONVERSATION, GROUP) if name in part.dataset.column_names]

@@ -12,6 +12,7 @@ from poft_plugin.data.columns import (
     ORDER,
     RANKED_INPUT_IDS,
     RANKED_LABELS,
+    RANKS,
     ROW_INDEX,
     ROW_KEY,
     ROW_NUMBER,
@@ -55,6 +56,16 @@ def too_long(rows: Rows, cfg: DictDefault) -> tuple[str, str]:
     lengths = longest_sequences(rows)
     worst = int(lengths.argmax())
     return over_length(cfg.sequence_len, rows.where(worst), int(lengths[worst]))
+
+
+def report_ties(rows: Rows) -> None:
+    """Says how many training rows hold no preference: all of their responses have one rank, by label or by score."""
+    tied = [index for index, ranks in enumerate(rows.attached.get(RANKS, ())) if len({*ranks}) == 1]
+    if tied:
+        LOG.warning(
+            f"{len(tied):,} of {len(rows):,} rows to train on have responses of equal rank alone, so that none is "
+            f"preferred (the first: {rows.where(tied[0])}): a preference loss learns nothing from them"
+        )
 
 
 def check_pack(rows: Rows, lengths: np.ndarray, cfg: DictDefault) -> None:

@@ -1,6 +1,7 @@
 """A config file as it is written, before the host reads it: whether it asks for us at all.
 
-Without its line under `plugins:` nothing of ours runs in the host's own commands, and they cannot say so.
+Without its line under `plugins:`, or where it cannot be loaded, nothing of ours runs in the host's own commands, and
+they cannot say so.
 """
 
 from collections.abc import Mapping
@@ -26,11 +27,12 @@ def check_asked_for(config: str) -> None:
 
     Raises:
         ValueError: for a file that is no config, a line under `plugins:` that is missing or misspelt, or an `rl:` that
-            is missing.
+            is missing; or where the plugin cannot be loaded.
     """
+    raw = _read(config)
+    _check_loads()
     from poft_plugin.hosts.axolotl.spelling import check_rl
 
-    raw = _read(config)
     _check_plugins(raw, config)
     rl, methods = raw.get("rl") or raw.get("poft_plugin_rl"), registry().methods
     check_rl(rl)
@@ -54,6 +56,18 @@ def _read(config: str) -> Mapping[str, Any]:
     if not isinstance(raw, Mapping):
         raise ValueError(f"{config}: expected keys and values (`base_model: ...`), found {str(raw)[:80]!r}")
     return raw
+
+
+def _check_loads() -> None:
+    import poft_plugin
+
+    try:
+        _ = poft_plugin.PoftPlugin
+    except RuntimeError as error:
+        raise ValueError(
+            f"{error}. `axolotl train` stops, too, where {NAME} is under `plugins:`; without that line it warns, goes "
+            "on, and may train plain SFT. Mend the environment (`pip check`)"
+        ) from error
 
 
 def _check_plugins(raw: Mapping[str, Any], config: str) -> None:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from axolotl.utils.dict import DictDefault
 from datasets import Dataset
+from pydantic import TypeAdapter
 from transformers import TrainerCallback
 
 from poft_plugin.data.columns import ROW_KEY
@@ -43,7 +44,7 @@ class RunRecord:
 
     rl: str
     settings: Mapping[str, Any]
-    start: Mapping[str, Any]
+    start: Mapping[str, str | None]
     adapter: str | None
     split: Mapping[str, Any]
     finished: bool = False
@@ -83,9 +84,13 @@ def read_record(output_dir: Path) -> RunRecord | None:
     if not path.is_file():
         return None
     try:
-        return RunRecord(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: not the record of a training run ({error}); train again, or restore it") from error
+        record = TypeAdapter(RunRecord).validate_json(path.read_bytes())
+        if not record.start.get("base_model"):
+            raise ValueError("it does not say what training began with")
+        return record
+    except (ValueError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: not the record of a training run ({reason}); train again, or restore it") from error
 
 
 def read_rows(output_dir: Path) -> pa.Table:

@@ -41,6 +41,7 @@ def config(models: SimpleNamespace, folder: Path, **settings: Any) -> Path:
         ({"rl": "dpo"}, r"poft: this block is there, but `rl: dpo` does not read it"),
         ({"streaming": True, "max_steps": 3}, r"streaming: True cannot be honoured"),
         ({"pretraining_dataset": "x"}, r"pretraining_dataset: 'x' cannot be honoured"),
+        ({"base_model": "a/x.gguf"}, r"base_model: 'a/x\.gguf' cannot be .*a reference, not a policy.*gguf_file=FILE"),
         ({"train_on_inputs": True}, r"train_on_inputs: True cannot be honoured.*set it to false"),
         ({"excess_length_strategy": "truncate"}, r"excess_length_strategy: 'truncate'.*different texts"),
         ({"sample_packing": True, "eval_sample_packing": True}, r"eval_sample_packing: True"),
