@@ -21,14 +21,14 @@ WORKERS ?= -n 2 --dist loadfile
 HOST_TESTS := tests/hosts tests/test_patches.py tests/test_examples.py tests/end_to_end tests/distributed
 HOST_STAGES := not zero1 and not zero2
 
-.PHONY: quickstart test test-host test-matrix check clean
+.PHONY: quickstart test test-host test-matrix test-slow check clean
 
 # Torch first: Axolotl takes what it finds. DeepSpeed would compile its operations without the variable.
 $(INSTALLED): $(CONSTRAINTS) pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -c $(CONSTRAINTS) torch
-	DS_BUILD_OPS=0 $(BIN)/pip install -c $(CONSTRAINTS) -e ".[axolotl,deepspeed,dev]"
+	DS_BUILD_OPS=0 $(BIN)/pip install -c $(CONSTRAINTS) -e ".[axolotl,deepspeed,ray,dev]"
 	touch $@
 
 quickstart: $(INSTALLED)
@@ -42,6 +42,9 @@ test-host: $(INSTALLED)
 
 test-matrix: $(INSTALLED)
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed -m 'matrix or not matrix' -v $(ARGS)
+
+test-slow: $(INSTALLED)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/distributed/test_ray.py -m slow -v $(ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -1,25 +1,20 @@
 """A notice board for the processes of one launch: what each found in its share of the rows, and when it has scored it.
 
 Scores travel through files alone, without collectives. A process that waits for another's rows cannot tell a slow
-process from a cache folder that the two do not share; the board tells it. It is the launcher's own key-value store,
-which torchrun, accelerate and DeepSpeed all have; without one, processes wait.
+process from a dead one, or from a cache folder that the two do not share; the board tells it. It is the launcher's own
+key-value store, which torchrun, accelerate and DeepSpeed all have; without one, processes wait.
 """
 
 import hashlib
-import os
 import socket
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any
 
 import pyarrow as pa
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from poft_plugin.data.preparation import RunContext
+from poft_plugin.scoring.heartbeat import Pulse
 from poft_plugin.scoring.identity import Identity
-
-CONNECT = timedelta(seconds=10)
 
 GATHER_SECONDS, GATHER_POLL_SECONDS = 60.0, 0.05
 """Processes prepare shares of like size at the same time."""
@@ -30,64 +25,70 @@ class Board:
     """The board for one scorer and one set of rows.
 
     Args:
-        store: the launcher's key-value store, or None.
+        pulse: how this process talks to the others.
         name: what the notices are about.
+        ranks: the process of each share.
+        round: how many boards of this name the process has had before: every process of a launch has the same.
     """
 
-    store: Any
+    pulse: Pulse
     name: str
+    ranks: Sequence[int]
+    round: int = 0
 
     def announce(self, share: int | None) -> None:
         """Says that the rows of a share are all in this process's cache, and on which machine that is."""
-        if self.store is not None and share is not None:
-            self.store.set(self._key(share), socket.gethostname())
+        if share is not None:
+            self.pulse.post(self._key(share), socket.gethostname())
 
     def machine_of(self, share: int) -> str | None:
         """The machine whose cache has a share's rows, as far as was announced."""
-        if self.store is None or not self.store.check([self._key(share)]):
-            return None
-        return str(self.store.get(self._key(share)).decode())
+        return self.pulse.read(self._key(share))
+
+    def check(self, shares: Iterable[int]) -> None:
+        """Looks whether the processes of these shares still work, but for those that have finished them.
+
+        Raises:
+            ProcessLostError: for one that has failed, is gone or hangs.
+        """
+        self.pulse.check([self.ranks[share] for share in shares if self.machine_of(share) is None])
+
+    @property
+    def reaches(self) -> bool:
+        """Whether there is somebody to talk to."""
+        return self.pulse.reaches
 
     def post(self, share: int | None, text: str) -> None:
-        """Leaves a text for the others, until it is gathered."""
-        if self.store is not None and share is not None:
-            self.store.set(f"{self._key(share)}/text", text)
+        """Leaves a text for the others."""
+        if share is not None:
+            self.pulse.post(self._text_key(share), text)
 
     def gather(self, shares: int) -> list[str]:
         """The texts of all shares, or of those that have left one when others took too long; none without a store."""
-        if self.store is None:
-            return []
-        keys = [f"{self._key(share)}/text" for share in range(shares)]
+        keys = [self._text_key(share) for share in range(shares)]
         deadline = time.monotonic() + GATHER_SECONDS
-        while not self.store.check(keys) and time.monotonic() < deadline:
+        while True:
+            texts = [text for key in keys if (text := self.pulse.read(key)) is not None]
+            if len(texts) == shares or not self.reaches or time.monotonic() > deadline:
+                return texts
             time.sleep(GATHER_POLL_SECONDS)
-        there = [key for key in keys if self.store.check([key])]
-        texts = [self.store.get(key).decode() for key in there]
-        for key in there:  # the launch may score these rows once more
-            self.store.delete_key(key)
-        return texts
+
+    def _text_key(self, share: int) -> str:
+        return f"{self._key(share)}/text/{self.round}"
 
     def _key(self, share: int) -> str:
         return f"poft_plugin/{self.name}/{share}"
 
 
-def open_board(run: RunContext, identity: Identity, keys: pa.ChunkedArray) -> Board:
+def open_board(pulse: Pulse, identity: Identity, keys: pa.ChunkedArray, ranks: Sequence[int]) -> Board:
     """The board of this launch; one that says nothing where a process is alone, or no store answers.
 
     Args:
-        run: this process.
+        pulse: how this process talks to the others.
         identity: whose scores.
         keys: every row key of the run, the same for all processes.
+        ranks: the process of each share.
     """
     rows = hashlib.sha256("".join(keys.to_pylist()).encode()).hexdigest()[:16]
-    return Board(_store() if run.world_size > 1 else None, f"{identity.digest}/{rows}")
-
-
-def _store() -> Any:
-    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    if not (host and port):
-        return None
-    try:
-        return TCPStore(host, int(port), is_master=False, timeout=CONNECT, wait_for_workers=False)
-    except (RuntimeError, ValueError):  # nobody answers: torch raises subclasses of these
-        return None
+    name = f"{identity.digest}/{rows}"
+    return Board(pulse, name, ranks, pulse.next_round(name))

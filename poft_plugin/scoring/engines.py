@@ -11,6 +11,7 @@ from poft_plugin.data.preparation import Rows, RunContext
 from poft_plugin.scoring.board import Board, open_board
 from poft_plugin.scoring.cache import Lookup, ScoreCache, cache_folder
 from poft_plugin.scoring.findings import Findings, long_rows_error, long_rows_line, say, with_long_rows
+from poft_plugin.scoring.heartbeat import Pulse, beating
 from poft_plugin.scoring.jobs import Job, check_names
 from poft_plugin.scoring.opened import OpenedJob, check_revisions, open_job
 from poft_plugin.scoring.run import (
@@ -20,7 +21,7 @@ from poft_plugin.scoring.run import (
     wait_for_others,
 )
 from poft_plugin.scoring.scorer import PreparedRow
-from poft_plugin.scoring.shares import Share, share_of
+from poft_plugin.scoring.shares import Share, scoring_ranks, share_of
 
 
 class Engine(Protocol):
@@ -50,23 +51,34 @@ class ProcessEngine:
         self, jobs: Sequence[OpenedJob], cache: ScoreCache, settings: ScoringBlock, context: RunContext
     ) -> list[Lookup]:
         """As `Engine.score`. All rows are prepared for all models before the first one is loaded."""
-        unscored = [rows_to_score(opened, cache, settings, context) for opened in jobs]
-        shares = [share_of(context, opened.scorer.devices) if opened.scorer else None for opened in jobs]
-        boards = [
-            open_board(context, opened.scorer.identity, opened.job.rows.keys) if opened.scorer else None
-            for opened in jobs
-        ]
-        prepared = [_prepared_share(*each, cache) for each in zip(jobs, unscored, shares, boards, strict=True)]
-        for opened, todo, ready, share, board in zip(jobs, unscored, prepared, shares, boards, strict=True):
-            if opened.scorer is None or share is None or board is None:
-                continue
-            if ready:
-                device = accelerator(context, opened.scorer.devices)
-                score_prepared(opened.scorer, ready, todo, cache, device=device, batch_tokens=settings.batch_tokens)
-            board.announce(share.index)
-            if len(todo):
-                wait_for_others(opened.scorer, todo, cache, shares=share.count, board=board)
+        with beating(context) as pulse:
+            _score_missing(jobs, cache, settings=settings, context=context, pulse=pulse)
         return [opened.lookup(cache) for opened in jobs]
+
+
+def _score_missing(
+    jobs: Sequence[OpenedJob], cache: ScoreCache, *, settings: ScoringBlock, context: RunContext, pulse: Pulse
+) -> None:
+    unscored = [rows_to_score(opened, cache, settings, context) for opened in jobs]
+    shares = [share_of(context, opened.scorer.devices) if opened.scorer else None for opened in jobs]
+    boards = [_board(opened, context, pulse) for opened in jobs]
+    prepared = [_prepared_share(*each, cache) for each in zip(jobs, unscored, shares, boards, strict=True)]
+    for opened, todo, ready, share, board in zip(jobs, unscored, prepared, shares, boards, strict=True):
+        if opened.scorer is None or share is None or board is None:
+            continue
+        if ready:
+            device, tokens = accelerator(context, opened.scorer.devices), settings.batch_tokens
+            score_prepared(opened.scorer, ready, todo, cache, device=device, batch_tokens=tokens, pulse=pulse)
+        board.announce(share.index)
+        if len(todo):
+            wait_for_others(opened.scorer, todo, cache, shares=share.count, board=board)
+
+
+def _board(opened: OpenedJob, context: RunContext, pulse: Pulse) -> Board | None:
+    if opened.scorer is None:
+        return None
+    ranks = scoring_ranks(context, opened.scorer.devices)
+    return open_board(pulse, opened.scorer.identity, opened.job.rows.keys, ranks)
 
 
 def _prepared_share(

@@ -106,7 +106,7 @@ def say(scorer: Scorer, found: Findings, share: Share, board: Board | None) -> N
     if share.index is None:
         return
     of = "" if share.count == 1 else f" (share {share.index} of {share.count})"
-    if board is not None and board.store is not None and share.count > 1:
+    if board is not None and board.reaches and share.count > 1:
         board.post(share.index, found.dumps())
         if share.index:
             return

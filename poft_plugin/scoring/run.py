@@ -17,6 +17,7 @@ from poft_plugin.report.console import progress
 from poft_plugin.scoring.board import Board
 from poft_plugin.scoring.cache import REFUSED, Lookup, ScoreCache
 from poft_plugin.scoring.findings import Findings, long_rows_error, say, with_long_rows
+from poft_plugin.scoring.heartbeat import ALONE, DEAD_SECONDS, FIRST_SECONDS, LOADING_SECONDS, Pulse, batch_limit
 from poft_plugin.scoring.identity import Score
 from poft_plugin.scoring.packs import pack_batches
 from poft_plugin.scoring.scorer import PreparedRow, Scorer
@@ -25,6 +26,9 @@ from poft_plugin.scoring.shares import Share
 FLUSH_SECONDS = 30.0
 POLL_SECONDS = 1.0
 REMINDER_SECONDS = 120.0
+
+OWNERS_OF = 1000
+"""Missing rows whose processes are looked after: keys are hashes, so that these are nearly all that work."""
 
 GRACE_SECONDS = 60.0
 """How long files may take from one machine to another on a shared file system."""
@@ -41,7 +45,7 @@ def prepare_missing(
         cache: where scores are looked up; rows that are too long, or left out because they cannot be read, are noted
             there.
         share: this process's part.
-        board: sums what is to be said over the processes.
+        board: sums what is to be said over the processes, and tells them that the work goes on.
 
     Returns:
         The rows that fit the scorer's context.
@@ -49,15 +53,18 @@ def prepare_missing(
     Raises:
         RowError: for a row that cannot be scored, or that is too long, where such rows are not to be dropped.
     """
+    pulse = ALONE if board is None else board.pulse
     lookup = cache.lookup(scorer.identity, rows.keys)
     missing = np.flatnonzero(lookup.missing | (lookup.refused & ~rows.droppable))
     mine = [int(index) for index in missing if share.holds(rows.keys[int(index)].as_py())]
     prepared, errors, droppable = [], {}, rows.droppable
     for index in progress(mine, description=f"{scorer.name}: tokens"):
+        pulse.step(f"preparing rows for {scorer.name}", DEAD_SECONDS)
         try:
             prepared.append(scorer.prepare_row(rows, index))
         except RowError as error:
             errors[index] = str(error)
+    pulse.step(f"prepared rows for {scorer.name}")
     raise_row_errors([text for index, text in errors.items() if not droppable[index]], len(mine))
     if errors:
         refused = [rows.keys[index].as_py() for index in errors]
@@ -82,6 +89,7 @@ def score_prepared(
     *,
     device: str,
     batch_tokens: int | None,
+    pulse: Pulse = ALONE,
 ) -> None:
     """Scores prepared rows and writes the scores, every now and then.
 
@@ -93,6 +101,7 @@ def score_prepared(
         device: where the model goes.
         batch_tokens: tokens of a batch, padding included; a longer row makes a batch of its own. None for
             `default_batch_tokens`.
+        pulse: tells the other processes that the work goes on.
 
     Raises:
         ValueError: for a reward that is not finite, or above what the scorer can give, naming the row; what was scored
@@ -100,10 +109,13 @@ def score_prepared(
     """
     if not prepared:
         return
+    pulse.step(f"loading {scorer.name}", LOADING_SECONDS)
     scorer.load(device)
     done: list[Score] = []
-    flushed = time.monotonic()
+    flushed = began = time.monotonic()
+    slowest, scoring = 0.0, f"scoring with {scorer.name}"
     try:
+        pulse.step(scoring, FIRST_SECONDS)
         with progress(total=len(prepared), description=f"{scorer.name}: scores") as bar:
             for batch in batches_for(scorer, prepared, batch_tokens or default_batch_tokens(device)):
                 scores = scorer.score(batch)
@@ -113,10 +125,13 @@ def score_prepared(
                 if time.monotonic() - flushed > FLUSH_SECONDS:
                     cache.write(scorer.identity, done)
                     done, flushed = [], time.monotonic()
+                slowest, began = max(slowest, time.monotonic() - began), time.monotonic()
+                pulse.step(scoring, batch_limit(slowest))
     finally:
         if done:
             cache.write(scorer.identity, done)
         scorer.unload()
+    pulse.step(f"scored its rows with {scorer.name}")
 
 
 def wait_for_others(
@@ -133,11 +148,15 @@ def wait_for_others(
 
     Raises:
         ValueError: if a process that has finished wrote to another folder than this one reads.
+        ProcessLostError: if a process whose rows are missing has failed, is gone or hangs.
     """
     reminded = finished = time.monotonic()
     while (lookup := cache.lookup(scorer.identity, rows.keys)).missing.any():
-        owner = int(rows.keys[int(np.flatnonzero(lookup.missing)[0])].as_py(), 16) % shares
-        machine = None if board is None else board.machine_of(owner)
+        first = np.flatnonzero(lookup.missing)[:OWNERS_OF]
+        owners = [int(rows.keys[int(index)].as_py(), 16) % shares for index in first]
+        owner, machine = owners[0], board and board.machine_of(owners[0])
+        if board is not None:
+            board.check(set(owners))
         if machine is None:
             finished = time.monotonic()
         elif time.monotonic() - finished > GRACE_SECONDS:

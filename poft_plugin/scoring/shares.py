@@ -21,10 +21,14 @@ class Share:
         return self.index is not None and int(key, 16) % self.count == self.index
 
 
-def share_of(run: RunContext, devices: int) -> Share:
-    """The share of a process: where a copy takes several accelerators, only some processes hold one."""
+def scoring_ranks(run: RunContext, devices: int) -> list[int]:
+    """The process of each share: where a copy takes several accelerators, only some processes hold one."""
     workers = max(1, run.local_world_size // devices)
-    machines = run.world_size // run.local_world_size
-    machine = run.rank // run.local_world_size
-    index = machine * workers + run.local_rank if run.local_rank < workers else None
-    return Share(index, machines * workers)
+    machines = range(run.world_size // run.local_world_size)
+    return [machine * run.local_world_size + local for machine in machines for local in range(workers)]
+
+
+def share_of(run: RunContext, devices: int) -> Share:
+    """The share of a process."""
+    ranks = scoring_ranks(run, devices)
+    return Share(ranks.index(run.rank) if run.rank in ranks else None, len(ranks))

@@ -1,11 +1,24 @@
-"""A plugin of the tests that writes down which engine trains, from inside `axolotl train`."""
+"""Plugins of the tests that write down what trains, from inside `axolotl train`."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 from axolotl.integrations.base import BasePlugin
 from transformers import TrainerCallback
+
+
+class LogsPlugin(BasePlugin):  # type: ignore[misc]
+    """Writes down what each process logged, and of how many it is one."""
+
+    def add_callbacks_post_trainer(self, cfg: Any, trainer: Any) -> list[Any]:
+        class Note(TrainerCallback):
+            def on_train_end(self, *_: Any, **__: Any) -> None:
+                found = {"world_size": trainer.args.world_size, "logs": trainer.state.log_history}
+                Path(cfg.output_dir, f"logs-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(found))
+
+        return [Note()]
 
 
 class NotingPlugin(BasePlugin):  # type: ignore[misc]

@@ -20,6 +20,9 @@ TAKEN_OVER = "poft_plugin_rl"
 TAKEN_KEYS = "poft_plugin_keys"
 """Top-level key that `register` writes: the top-level keys of the host that it took off with `rl`."""
 
+KEPT = "poft_plugin_kept"
+"""Top-level key that `register` writes for workers of Ray's: the config as it was before, and the driver's folder."""
+
 
 def _blocks() -> dict[str, Any]:
     """One field per block; where several methods share one, a value fits the narrowest of their models."""
@@ -43,6 +46,9 @@ class _OwnKeys(BaseModel):
     )
     poft_plugin_keys: dict[str, Any] | None = Field(
         None, description="Written by poft_plugin: the host's keys that it reads itself. Set them at the top level."
+    )
+    poft_plugin_kept: dict[str, Any] | None = Field(
+        None, description="Written by poft_plugin for workers of Ray's: the config as it was written. Leave it out."
     )
     row_filters: list[RowFilterConfig] | None = Field(
         None, description="Registered filters for training rows, applied in order: `{name: ..., settings ...}`."

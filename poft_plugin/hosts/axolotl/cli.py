@@ -130,12 +130,14 @@ def _show(session: "Session", count: int) -> None:
 
 @_command
 def _score(session: "Session", num_shards: int | None, shard: int | None) -> None:
-    if num_shards is None:
-        session.score()
-    else:
-        from poft_plugin.scoring.shares import Share
+    from poft_plugin.scoring.heartbeat import beating
+    from poft_plugin.scoring.shares import Share
 
-        session.score_share(Share(shard, num_shards))
+    with beating(session.context):  # from here on: the first process makes the plan while others wait for its share
+        if num_shards is None:
+            session.score()
+        else:
+            session.score_share(Share(shard, num_shards))
 
 
 if __name__ == "__main__":

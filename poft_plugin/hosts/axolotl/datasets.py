@@ -28,6 +28,7 @@ from poft_plugin.hosts.axolotl.ranked_datasets import (
 from poft_plugin.hosts.axolotl.rotary import check_frequencies
 from poft_plugin.hosts.axolotl.run import MethodRun
 from poft_plugin.hosts.axolotl.stages import RunStages
+from poft_plugin.scoring.heartbeat import beating
 from poft_plugin.scoring.jobs import Scope
 from poft_plugin.scoring.stages import Stage
 
@@ -64,7 +65,8 @@ def prepare(
     context = run_context(cfg, purpose)
     if isinstance(run.settings, DeftConfig) and run.settings.omega:
         check_linear_head(cfg)
-    (kept, *others), made = RunStages(cfg, run, context).kept
+    with beating(context):
+        (kept, *others), made = RunStages(cfg, run, context).kept
     report_ties(kept.rows)
     finished = [_finished(kept, run, cfg, training=True), *(_finished(p, run, cfg) for p in others)]
     if run.method.ranked:

@@ -18,6 +18,7 @@ from poft_plugin import __version__
 from poft_plugin.hosts.axolotl.args import NAME, TAKEN_OVER
 from poft_plugin.hosts.axolotl.compat import TESTED_VERSIONS, ask_no_absent_gpu, prepare_cpu_ranks
 from poft_plugin.hosts.axolotl.errors import install_hook, one_message
+from poft_plugin.hosts.axolotl.on_ray import check_one_training
 from poft_plugin.hosts.axolotl.run import MethodRun, nothing_asked, take_over
 
 LOG = get_logger("axolotl.poft_plugin")  # the host shows messages of its own namespace only
@@ -78,6 +79,7 @@ class PoftPlugin(BasePlugin):  # type: ignore[misc]
         from poft_plugin.hosts.axolotl.policy import check_policy_weights
 
         prepare_cpu_ranks(cfg)
+        check_one_training(cfg)
         check_policy_weights(cfg, train=not preprocess)
         purpose = "preprocess" if preprocess else "train"
         meta, self._statistics, self._tensors = prepare(cfg, run, purpose)

@@ -15,12 +15,20 @@ from poft_plugin.config import (
     parse_block,
     settings_model,
 )
-from poft_plugin.hosts.axolotl.args import NAME, TAKEN_KEYS, TAKEN_OVER
+from poft_plugin.hosts.axolotl.args import KEPT, NAME, TAKEN_KEYS, TAKEN_OVER
 from poft_plugin.hosts.axolotl.chat_templates import name_host_templates
 from poft_plugin.hosts.axolotl.checks import check_settings
 from poft_plugin.hosts.axolotl.compat import name_plugin
 from poft_plugin.hosts.axolotl.entries import take_over_entries
 from poft_plugin.hosts.axolotl.names import check_names
+from poft_plugin.hosts.axolotl.on_ray import (
+    as_written,
+    check_same_rows,
+    is_worker,
+    kept,
+    make_absolute,
+    score_first,
+)
 from poft_plugin.hosts.axolotl.spelling import check_keys, check_rl
 from poft_plugin.method import Method
 from poft_plugin.plugins import load_object, registry, scores_start_policy
@@ -111,6 +119,8 @@ class MethodRun:
 def take_over(cfg: Any) -> MethodRun | None:
     """Takes a method of ours off a raw config, so that the host builds plain SFT around our data and trainer.
 
+    A worker of Ray's gets the config a second time, as the host has validated it: there what was kept is taken over.
+
     Args:
         cfg: the raw config, changed in place: `rl` and the method's top-level keys off, entries rewritten, evaluation
             unpacked unless it is asked.
@@ -122,11 +132,37 @@ def take_over(cfg: Any) -> MethodRun | None:
         ValueError: for any setting that is wrong or cannot be honoured, naming key, value and remedy.
     """
     check_names(registry())
+    if is_worker(cfg):
+        return _take_over_again(cfg)
     rl = cfg.get("rl") or cfg.get(TAKEN_OVER)
     check_rl(rl)
     method = registry().methods.get(str(rl)) if rl else None
     if method is not None and not method.alone:
         method = None  # the host's own, or nothing that can be trained without a wrapper
+    written = None
+    if method is not None and cfg.get("use_ray"):
+        make_absolute(cfg, method)
+        written = kept(cfg)
+    run = _take_over(cfg, method, rl)
+    if run is not None and written is not None:
+        score_first(written["config"], run.settings)
+        cfg[KEPT] = written
+    return run
+
+
+def _take_over_again(cfg: Any) -> MethodRun | None:
+    written = as_written(cfg)
+    rl = written.get("rl") or written.get(TAKEN_OVER)
+    method = registry().methods[rl]
+    run = _take_over(written, method, rl)
+    check_same_rows(written, cfg)
+    blocks = [method.block, *([method.base.block] if method.base else [])]
+    keys = ("datasets", "test_datasets", "row_filters", TAKEN_OVER, TAKEN_KEYS, *blocks)
+    cfg.update({key: written[key] for key in keys if written.get(key) is not None})
+    return run
+
+
+def _take_over(cfg: Any, method: Method | None, rl: Any) -> MethodRun | None:
     if method is not None or NAME in (cfg.get("plugins") or []):
         check_keys(cfg, method)  # the host may load us unasked, into a run that is none of our business
     _check_blocks(cfg, method, rl)

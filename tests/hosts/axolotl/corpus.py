@@ -65,7 +65,7 @@ POFT = (
     "poft.references.0.dtype", "poft.references.0.devices", "poft.beta", "poft.keep_top_percent", "poft.score_cache",
     "poft.batch_tokens", "row_filters", "row_filters.0", "row_filters.0.name", "row_filters.0.percent", "datasets",
     "datasets.0", "datasets.0.path", "datasets.0.type", "datasets.0.data_files", "test_datasets", "poft_plugin_keys",
-    "rl", "reward_model",
+    "poft_plugin_kept", "rl", "reward_model",
 )  # fmt: skip
 DEFT = (
     "deft", "deft.reward_model", "deft.reward_model.model", "deft.reward_model.max_length", "deft.top_percent",
