@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from poft_plugin.scorers.attention import complete_attention
 from poft_plugin.scorers.chat_templates import own_template, resolve_template
 from poft_plugin.scorers.gguf_files import check_gguf_installed, correct_special_tokens, gguf_errors, gguf_path
 from poft_plugin.scorers.rope import RopeBounds, rope_bounds
+from poft_plugin.scorers.sizes import Sizes
 from poft_plugin.scoring.checkpoints import Checkpoint
 from poft_plugin.scoring.identity import Identity, Score
 from poft_plugin.scoring.packs import probe_rows
@@ -41,20 +42,6 @@ PROBE_TOLERANCE = {torch.float32: 0.01, torch.float16: 0.02, torch.bfloat16: 0.1
 """Of the largest score in the probe. A wrong pooling is off by as much as scores differ from row to row."""
 
 _PROBE = [{"role": "user", "content": "?"}]
-
-
-class Sizes(NamedTuple):
-    """Parameters of a model, each counted once.
-
-    Args:
-        total: of the whole model.
-        head: of its head (of the embeddings too, where the two are tied).
-        body: what every token passes through: neither embeddings nor head.
-    """
-
-    total: int
-    head: int
-    body: int
 
 
 @dataclass

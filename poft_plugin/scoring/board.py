@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from poft_plugin.scoring.heartbeat import Pulse
+from poft_plugin.scoring.heartbeat import ATTEMPT, Pulse
 from poft_plugin.scoring.identity import Identity
 
 GATHER_SECONDS, GATHER_POLL_SECONDS = 60.0, 0.05
@@ -74,7 +74,7 @@ class Board:
             time.sleep(GATHER_POLL_SECONDS)
 
     def _text_key(self, share: int) -> str:
-        return f"{self._key(share)}/text/{self.round}"
+        return f"{ATTEMPT}/{self.name}/{share}/text/{self.round}"
 
     def _key(self, share: int) -> str:
         return f"poft_plugin/{self.name}/{share}"

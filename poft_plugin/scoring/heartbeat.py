@@ -108,7 +108,6 @@ class Pulse:
         self._sign = Sign(f"rank {rank} on {socket.gethostname()} (process {os.getpid()})")
         self._rank, self._address, self._beats = rank, address, 0
         self._posts: dict[str, str] = {}
-        self._rounds: Counter[str] = Counter()
         self._notices: dict[str, str | None] = {_FAILED: None}
         self._watched: dict[int, _Watched] = {}
         self._answered: bool = False
@@ -138,8 +137,9 @@ class Pulse:
 
     def next_round(self, name: str) -> int:
         """Counts how often something of this name began."""
-        self._rounds[name] += 1
-        return self._rounds[name] - 1
+        key = (self._address, self._rank, name)
+        _ROUNDS[key] += 1
+        return _ROUNDS[key] - 1
 
     def post(self, key: str, text: str) -> None:
         """Puts up a notice."""
@@ -225,6 +225,8 @@ class Pulse:
             text = _get(store, _sign_key(rank))
             watched.update(None if text is None else Sign(**json.loads(text)), elapsed)
 
+
+_ROUNDS: Counter[tuple[object, ...]] = Counter()
 
 ALONE = Pulse(0)
 """The pulse of a process that nobody waits for."""

@@ -15,10 +15,10 @@ import tiny
 
 from poft_plugin.config import PoftConfig
 from poft_plugin.data.preparation import RunContext
+from poft_plugin.preprocessors.reference_rewards import reference_rewards
+from poft_plugin.scorers.causal_lm import CausalLMScorer
 from poft_plugin.scoring import heartbeat
-from poft_plugin.scoring.causal_lm import CausalLMScorer
-from poft_plugin.scoring.references import reference_rewards
-from scoring.support import as_rows
+from scoring.support import as_rows, prepared
 
 PAUSE = 0.3
 
@@ -35,7 +35,7 @@ def main(settings: Path, rank: int) -> None:
 
     CausalLMScorer.score = slowly  # type: ignore[method-assign]
     block = PoftConfig.model_validate(json.loads(settings.read_text()))
-    reference_rewards(as_rows(tiny.chat_rows(100)), block, RunContext("score", rank, 2, rank, 2))
+    prepared(reference_rewards, as_rows(tiny.chat_rows(100)), block, RunContext("score", rank, 2, rank, 2))
 
 
 if __name__ == "__main__":

@@ -188,8 +188,9 @@ def test_a_rank_that_leaves_nothing_is_not_waited_for_for_ever(
     store = launch(monkeypatch)
     monkeypatch.setattr("poft_plugin.scoring.board.GATHER_SECONDS", 0.2)
     reference = scorer(models.ref_a, ScoreCache(tmp_path))
-    board = open_board(rank(0), reference.identity, KEYS)
-    say(reference, Findings({"rows": 2, "skipped tool": 1}), Share(0, 2), board)
+    with beating(rank(0)) as pulse:
+        board = open_board(pulse, reference.identity, KEYS, [0, 1])
+        say(reference, Findings({"rows": 2, "skipped tool": 1}), Share(0, 2), board)
     assert "of role 'tool' in 1 of 2 rows" in (said := capsys.readouterr().out)
     assert "(in 1 of 2 shares)" in said
     del store

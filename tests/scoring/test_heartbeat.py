@@ -22,7 +22,7 @@ from poft_plugin.preprocessors.reference_rewards import reference_rewards
 from poft_plugin.scoring import heartbeat
 from poft_plugin.scoring import run as scoring_run
 from poft_plugin.scoring.heartbeat import ProcessLostError, Pulse, batch_limit, beating
-from scoring.support import as_rows
+from scoring.support import as_rows, prepared
 
 HERE = Path(__file__).parent
 
@@ -189,9 +189,9 @@ def test_a_lost_process_ends_the_others_and_its_rows_stay(
             other.send_signal(blow)
             began = time.monotonic()
             with pytest.raises(ProcessLostError, match=f"rank 1 on .* \\(process {other.pid}\\) gives no sign of life"):
-                reference_rewards(rows, block, rank(0))
+                prepared(reference_rewards, rows, block, rank(0))
             assert time.monotonic() - began < 20
             other.send_signal(signal.SIGCONT)
     monkeypatch.delenv("MASTER_PORT")
-    prepared = reference_rewards(rows, block, RunContext("score"))
-    assert len(prepared.columns["reference_logp"]) == len(rows)
+    made = prepared(reference_rewards, rows, block, RunContext("score"))
+    assert len(made.columns["reference_logp"]) == len(rows)
