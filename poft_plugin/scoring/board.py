@@ -64,13 +64,19 @@ class Board:
             self.pulse.post(self._text_key(share), text)
 
     def gather(self, shares: int) -> list[str]:
-        """The texts of all shares, or of those that have left one when others took too long; none without a store."""
+        """The texts of all shares, or of those that have left one when others took too long; none without a store.
+
+        Raises:
+            ProcessLostError: for a process that has failed, is gone or hangs.
+        """
         keys = [self._text_key(share) for share in range(shares)]
         deadline = time.monotonic() + GATHER_SECONDS
         while True:
-            texts = [text for key in keys if (text := self.pulse.read(key)) is not None]
-            if len(texts) == shares or not self.reaches or time.monotonic() > deadline:
-                return texts
+            texts = [self.pulse.read(key) for key in keys]
+            late = [self.ranks[share] for share, text in enumerate(texts) if text is None]
+            if not late or not self.reaches or time.monotonic() > deadline:
+                return [text for text in texts if text is not None]
+            self.pulse.check(late)
             time.sleep(GATHER_POLL_SECONDS)
 
     def _text_key(self, share: int) -> str:

@@ -19,7 +19,7 @@ from torch.distributed import TCPStore
 from poft_plugin.config import PoftConfig
 from poft_plugin.data.preparation import RunContext
 from poft_plugin.preprocessors.reference_rewards import reference_rewards
-from poft_plugin.scoring import heartbeat
+from poft_plugin.scoring import board, heartbeat
 from poft_plugin.scoring import run as scoring_run
 from poft_plugin.scoring.heartbeat import ProcessLostError, Pulse, batch_limit, beating
 from scoring.support import as_rows, prepared
@@ -175,6 +175,7 @@ def test_a_lost_process_ends_the_others_and_its_rows_stay(
 ) -> None:
     """Two real processes on one cache: one is stopped amid its share, goes on, and is killed."""
     monkeypatch.setattr(heartbeat, "DEAD_SECONDS", 2.0)
+    monkeypatch.setattr(board, "GATHER_SECONDS", 0.5)  # the second time rank 1 is amid its first round
     settings: dict[str, Any] = {"references": [{"model": str(models.ref_a)}], "score_cache": str(tmp_path / "scores")}
     settings["batch_tokens"] = 64
     path = tmp_path / "settings.json"
