@@ -129,8 +129,7 @@ def export_scores(path: str | Path, scored: Sequence[Scored], *, list_rows: bool
     Args:
         path: the parquet file to write, atomically.
         scored: jobs with what is known of their rows.
-        list_rows: list every row with its conversation (null where the rows are tokens); the reward of those without a
-            score is null.
+        list_rows: list every row with its conversation; the reward of those without a score is null.
 
     Returns:
         The number of lines.
@@ -156,9 +155,7 @@ def _exported(scored: Scored, *, list_rows: bool) -> pa.Table:
     table = pa.table(columns, schema=EXPORTED)
     if not list_rows:
         return table.filter(pa.array(there))
-    is_text = CONVERSATION in rows.table.column_names
-    texts = rows.table[CONVERSATION].cast(pa.string()) if is_text else pa.nulls(len(rows), pa.string())
-    return table.append_column("conversation", texts)
+    return table.append_column("conversation", rows.table[CONVERSATION])
 
 
 def _job_of(model: str, jobs: Sequence[Job], path: str | Path) -> Job:

@@ -317,7 +317,7 @@ def test_what_the_commands_refuse(models: SimpleNamespace, in_folder: Path, expo
     planned = ran("plan", without)  # the data's own scores: the plan is done, and grades can be shown
     assert "nothing to score" in planned
     assert "Grades: A = top" in planned and "scored.jsonl" in planned
-    assert "no `deft.reward_model` whose scores could be imported" in poft("import", without, str(exported)).output
+    assert "no model is asked for with these settings" in poft("import", without, str(exported)).output
     assert f"{2 * (9 - HELD_OUT)} lines" in ran("export", without, "--out", "data.parquet")
     assert set(pq.read_table("data.parquet")["model"].to_pylist()) == {"data"}
     ungraded = {"reward_model": None, "omega": 0, "train_on": "all"}
@@ -331,7 +331,7 @@ def test_rows_are_listed_without_the_reward_model(models: SimpleNamespace, in_fo
     path = str(config(in_folder, models, deft={"reward_model": {"model": "./elsewhere"}, "score_cache": "./scores"}))
     listed = ran("export", path, "--rows", "--out", "rows.parquet")
     count = 2 * (ROWS - HELD_OUT)  # evaluation rows need no score
-    assert f"{count} lines; responses without a score: {count}" in listed
+    assert f"{count} lines; rows without a score: ./elsewhere: {count}" in listed
     lines = pq.read_table("rows.parquet").to_pylist()
     assert {line["reward"] for line in lines} == {None}
     assert all(line["conversation"] for line in lines)

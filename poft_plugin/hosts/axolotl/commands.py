@@ -10,7 +10,7 @@ from axolotl.cli.config import load_cfg
 from axolotl.integrations.base import PluginManager
 from axolotl.utils.dict import DictDefault
 
-from poft_plugin.data.columns import LEVEL, ROW_NUMBER, SCORES, SOURCE
+from poft_plugin.data.columns import CONVERSATION, LEVEL, ROW_NUMBER, SCORES, SOURCE
 from poft_plugin.data.preparation import Rows, RunContext
 from poft_plugin.data.render import Rendered
 from poft_plugin.hosts.axolotl.datasets import run_context
@@ -163,7 +163,9 @@ class Session:
         console.print(f"{out}: {count} lines")
 
     def _export_scores(self, out: str, *, list_rows: bool) -> None:
-        scored = [_scored(asked) for planned in self.stages.planned() for asked in planned.stage.jobs]
+        asked = [job for planned in self.stages.planned() for job in planned.stage.jobs]
+        # rows that are tokens are listed for nobody: they can be scored by the policy's own weights alone
+        scored = [_scored(job) for job in asked if not list_rows or CONVERSATION in job.job.rows.table.column_names]
         if not scored:
             raise ValueError(f"{self.config}: no model is asked for with these settings whose scores could be exported")
         lines = export_scores(out, scored, list_rows=list_rows)

@@ -17,6 +17,7 @@ from poft_plugin.hosts.axolotl.host_rows import HostRows, join, load_host_rows, 
 from poft_plugin.hosts.axolotl.ranked_datasets import not_in_evaluation
 from poft_plugin.hosts.axolotl.run import MethodRun
 from poft_plugin.plugins import registry
+from poft_plugin.scoring.checkpoints import MissingCheckpointError
 from poft_plugin.scoring.engines import Engine
 from poft_plugin.scoring.stages import Stage
 
@@ -137,8 +138,11 @@ class RunStages:
 
 
 def is_complete(stage: Stage) -> bool:
-    """Whether nothing is left to score."""
-    return not any(asked.open().lookup(asked.cache).missing.any() for asked in stage.jobs)
+    """Whether nothing is left to score; it is not where a model is not there."""
+    try:
+        return not any(asked.open().lookup(asked.cache).missing.any() for asked in stage.jobs)
+    except MissingCheckpointError:
+        return False
 
 
 class _Attached(dict[str, np.ndarray]):
