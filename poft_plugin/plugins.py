@@ -98,6 +98,13 @@ def scores_start_policy(method: "Method") -> bool:
     return any(registry().preprocessors[name].start_policy for name in method.preprocessors)
 
 
+def later_columns(method: "Method") -> dict[str, str]:
+    """Columns that are made of what filters left, each with the name of its preprocessor."""
+    table = registry().preprocessors
+    late = [name for name in method.preprocessors if table[name].scope == "kept"]
+    return {column: name for name in late for column in table[name].columns}
+
+
 def load_object(path: str) -> Any:
     """The object at `package.module:Name`.
 

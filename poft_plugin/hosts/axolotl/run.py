@@ -31,7 +31,7 @@ from poft_plugin.hosts.axolotl.on_ray import (
 )
 from poft_plugin.hosts.axolotl.spelling import check_keys, check_rl
 from poft_plugin.method import Method
-from poft_plugin.plugins import load_object, registry, scores_start_policy
+from poft_plugin.plugins import later_columns, load_object, registry, scores_start_policy
 from poft_plugin.scoring.jobs import Preprocessor, Scope
 from poft_plugin.trainers.step import Step, StepSetup
 
@@ -74,12 +74,6 @@ class MethodRun:
     def scores_start_policy(self) -> bool:
         """Whether the policy's start weights are scored: it is then trained as it was scored, without dropout."""
         return scores_start_policy(self.method)
-
-    def later_columns(self) -> dict[str, str]:
-        """Columns that are made of what filters left, each with the name of its preprocessor."""
-        table = registry().preprocessors
-        late = [name for name in self.method.preprocessors if table[name].scope == "kept"]
-        return {column: name for name in late for column in table[name].columns}
 
     @property
     def share_prompts(self) -> bool:
@@ -179,6 +173,7 @@ def _take_over(cfg: Any, method: Method | None, rl: Any) -> MethodRun | None:
     if base is not None and base.block != method.block:
         base_settings = _settings(cfg, base)
     filters = _filters(cfg, settings)
+    _check_filter_columns(method, filters)
     name_host_templates()
     cfg.pop("rl", None)
     cfg[TAKEN_OVER] = method.name
@@ -261,6 +256,23 @@ def _filters(cfg: Mapping[str, Any], settings: BaseModel) -> tuple[tuple[str, di
     if isinstance(settings, DeftConfig) and settings.train_on != "all":
         filters.append(("keep_levels", {"levels": settings.train_on}))
     return tuple(filters)
+
+
+def _check_filter_columns(method: Method, filters: tuple[tuple[str, dict[str, Any]], ...]) -> None:
+    """Refuses a filter whose settings name a column that is made of what filters left."""
+    later = later_columns(method)
+    for name, settings in filters:
+        for value in settings.values():
+            if isinstance(value, str) and value in later:
+                raise ValueError(later_column(name, value, later[value]))
+
+
+def later_column(name: str, column: str, maker: str) -> str:
+    """What is wrong with a filter that reads a column of the last stage."""
+    return (
+        f"row_filters: `{name}` reads the column {column!r}, which `{maker}` makes of the rows that filters have left: "
+        "it is not there yet. Filter by another column"
+    )
 
 
 def _group_column(filters: tuple[tuple[str, dict[str, Any]], ...], settings: BaseModel) -> str | None:

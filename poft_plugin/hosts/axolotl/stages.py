@@ -15,8 +15,8 @@ from axolotl.utils.logging import get_logger
 from poft_plugin.data.preparation import Columns, Prepared, Rows, RunContext
 from poft_plugin.hosts.axolotl.host_rows import HostRows, join, load_host_rows, selected, unique_rows
 from poft_plugin.hosts.axolotl.ranked_datasets import not_in_evaluation
-from poft_plugin.hosts.axolotl.run import MethodRun
-from poft_plugin.plugins import registry
+from poft_plugin.hosts.axolotl.run import MethodRun, later_column
+from poft_plugin.plugins import later_columns, registry
 from poft_plugin.scoring.checkpoints import MissingCheckpointError
 from poft_plugin.scoring.engines import Engine
 from poft_plugin.scoring.stages import Stage
@@ -158,16 +158,8 @@ class _Attached(dict[str, np.ndarray]):
         raise KeyError(column)
 
 
-def later_column(name: str, column: str, maker: str) -> str:
-    """What is wrong with a filter that reads a column of the third stage."""
-    return (
-        f"row_filters: `{name}` reads the column {column!r}, which `{maker}` makes of the rows that filters have left: "
-        "it is not there yet. Filter by another column"
-    )
-
-
 def _filtered(run: MethodRun, part: HostRows) -> HostRows:
-    later = run.later_columns()
+    later = later_columns(run.method)
     for name, settings in run.filters:
         rows = replace(part.rows, attached=_Attached(part.rows.attached, later, name))
         keep = registry().row_filters[name](rows, **settings)
