@@ -79,7 +79,8 @@ def _answer(model: nn.Module, vocabulary: int, device: torch.device, *, training
     positions = torch.arange(PROBE_TOKENS - 1, device=device)
     with torch.no_grad():
         answer = model(input_ids=ids, response_positions=positions, response_targets=ids[0, 1:], use_cache=False)
-    return (answer[0] if isinstance(answer, tuple) else answer).float()
+    logps: Tensor = answer[0] if isinstance(answer, tuple) else answer
+    return logps.float()
 
 
 def _set_to_zero(holder: Any) -> None:

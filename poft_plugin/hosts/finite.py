@@ -100,8 +100,9 @@ class BeforeOptimizer(TrainerCallback):
     def __init__(self, call: Callable[[torch.optim.Optimizer], None]) -> None:
         self._call = call
 
-    def on_train_begin(self, *_: Any, optimizer: Any, **__: Any) -> None:
+    def on_train_begin(self, *_: Any, **known: Any) -> None:
         """Registers the function; by now there is an optimizer."""
+        optimizer = known["optimizer"]
         while hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer
         optimizer.register_step_pre_hook(lambda inner, *_: self._call(inner))

@@ -120,7 +120,8 @@ class SampleMeanTrainer(Trainer):
 
     def _check_head_once(self, model: nn.Module, device: torch.device) -> None:
         if not self.head_checked:
-            vocabulary = int(self.model.config.get_text_config().vocab_size)
+            policy: Any = self.model
+            vocabulary = int(policy.config.get_text_config().vocab_size)
             check_head(model, self.parts.transform, vocabulary, device)
             if self.share_prompts:
                 check_shared_prompts(model, vocabulary, device)
@@ -140,11 +141,12 @@ class SampleMeanTrainer(Trainer):
         self.finite.check_gradients(self.state.global_step + 1, gradients)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        self._norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
         return self._norm
 
     def _name_row(self, index: int) -> str:
-        row = self.train_dataset[list(self.train_dataset[ROW_INDEX]).index(index)]
+        rows: Any = self.train_dataset
+        row = rows[list(rows[ROW_INDEX]).index(index)]
         return f"{row[SOURCE]} row {row[ROW_NUMBER]} (key {row[ROW_KEY]})"
 
     def _get_num_items_in_batch(self, batch_samples: list[Mapping[str, Any]], device: torch.device) -> Tensor:
@@ -172,7 +174,9 @@ class SampleMeanTrainer(Trainer):
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """Means over every evaluation row, each once, whatever the launcher repeats to even out ranks."""
         self.evaluated: list[tuple[int, dict[str, Metric]]] = []
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        kwargs["metric_key_prefix"] = metric_key_prefix
+        output = super().evaluation_loop(*args, **kwargs)
+        assert output.metrics is not None
         everywhere = gather_object(self.evaluated) if self.args.world_size > 1 else self.evaluated
         sums = MetricSums()
         sums.add(merged(everywhere))

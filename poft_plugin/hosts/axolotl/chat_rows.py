@@ -13,7 +13,7 @@ from poft_plugin.hosts.axolotl.ranked_fields import shown
 from poft_plugin.hosts.axolotl.reading import HOST_ERRORS, Read, Row, described
 from poft_plugin.hosts.axolotl.reasoning import REASONING, written_turn
 
-NOTHING = (None, "", [], {})
+NOTHING: tuple[Any, ...] = (None, "", [], {})
 """What an empty list of tools is stored as, also as JSON text (which may be `null`)."""
 
 ROLE_NAMES = ("role", "from", "speaker", "author")

@@ -26,8 +26,10 @@ STRATEGY = "poft_plugin.hosts.axolotl.strategy"
 SALT_FIELD = "input_format"
 CONTRACT = 6
 
-FAMILIES = ("chat_template", "alpaca", "alpaca_chat", "alpaca_instruct", "alpaca_w_system", "gpteacher", "oasst")
-FAMILIES += ("jeopardy", "explainchoice", "concisechoice", "summarizetldr", "input_output")
+FAMILIES = (
+    "chat_template", "alpaca", "alpaca_chat", "alpaca_instruct", "alpaca_w_system", "gpteacher", "oasst",
+    "jeopardy", "explainchoice", "concisechoice", "summarizetldr", "input_output",
+)  # fmt: skip
 
 SUPPORTED_TYPES = (
     f"{', '.join(FAMILIES)} (with `.load_...` and `:style` as in Axolotl), {PROMPT_COMPLETION}, or a mapping of field "

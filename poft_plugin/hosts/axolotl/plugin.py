@@ -15,6 +15,7 @@ from axolotl.utils.logging import get_logger
 # the host finds the strategy by name, and takes a ModuleNotFoundError in it for an unknown dataset type
 import poft_plugin.hosts.axolotl.strategy  # noqa: F401
 from poft_plugin import __version__
+from poft_plugin.data.preparation import Purpose
 from poft_plugin.hosts.axolotl.args import NAME, TAKEN_OVER
 from poft_plugin.hosts.axolotl.compat import TESTED_VERSIONS, ask_no_absent_gpu, prepare_cpu_ranks
 from poft_plugin.hosts.axolotl.errors import install_hook, one_message
@@ -35,7 +36,7 @@ DEFAULT_SEED = 42
 """What transformers' trainer takes where none is set."""
 
 
-class PoftPlugin(BasePlugin):  # type: ignore[misc]
+class PoftPlugin(BasePlugin):
     """Adds the rl types of the method table to Axolotl. Every hook does nothing where `rl:` is not one of them."""
 
     def __init__(self) -> None:
@@ -81,7 +82,7 @@ class PoftPlugin(BasePlugin):  # type: ignore[misc]
         prepare_cpu_ranks(cfg)
         check_one_training(cfg)
         check_policy_weights(cfg, train=not preprocess)
-        purpose = "preprocess" if preprocess else "train"
+        purpose: Purpose = "preprocess" if preprocess else "train"
         meta, self._statistics, self._tensors = prepare(cfg, run, purpose)
         self._prepared = True
         return meta

@@ -25,6 +25,7 @@ def host_kept_quiet() -> Iterator[None]:
     # the console's handler has no level; the one of the log file has
     handlers = [handler for handler in logging.getLogger(HOST).handlers if handler.level == logging.NOTSET]
     loggers = [logging.getLogger(name) for name in AT_IMPORT]
+    before: list[tuple[logging.Handler | logging.Logger, int]]
     before = [*((handler, handler.level) for handler in handlers), *((logger, logger.level) for logger in loggers)]
     for handler in handlers:
         handler.setLevel(logging.WARNING)

@@ -41,7 +41,7 @@ def short_enough(rows: Rows, cfg: DictDefault) -> np.ndarray:
         ValueError: with `excess_length_strategy: raise`, naming the longest row.
     """
     lengths = longest_sequences(rows)
-    keep = lengths <= cfg.sequence_len
+    keep: np.ndarray = lengths <= cfg.sequence_len
     if (cfg.excess_length_strategy or "drop").lower() == "raise" and not keep.all():
         worst = int(lengths.argmax())
         raise ValueError(

@@ -15,7 +15,7 @@ def scores_of(row: Row, fields: RankedFields, where: str) -> Sequence[float] | N
     """
     if isinstance(fields.field_scores, str):
         return row.get(fields.field_scores)
-    found = [row.get(name) for name in fields.field_scores]
+    found: list[Any] = [row.get(name) for name in fields.field_scores]
     if all(value is None for value in found):
         return None
     missing = [name for name, value in zip(fields.field_scores, found, strict=True) if value is None]

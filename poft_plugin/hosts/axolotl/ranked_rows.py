@@ -260,7 +260,7 @@ def _is_message(item: Mapping[str, Any], fields: RankedFields) -> bool:
     return fields.field_response_text is None and names <= item.keys()
 
 
-def _is_dialogue(value: Sequence[Any]) -> bool:
+def _is_dialogue(value: Any) -> bool:
     return bool(value) and all(isinstance(item, Mapping) for item in value)
 
 

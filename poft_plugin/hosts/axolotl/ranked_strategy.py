@@ -33,7 +33,7 @@ from poft_plugin.data.columns import (
 from poft_plugin.data.ranked import RankedSample
 from poft_plugin.data.rows import Conversation, RowError, raise_row_errors
 from poft_plugin.hosts.axolotl.chat_templates import with_fixed_date
-from poft_plugin.hosts.axolotl.entries import Entry
+from poft_plugin.hosts.axolotl.entries import Entry, Ranked
 from poft_plugin.hosts.axolotl.left_out import LEFT_OUT_TYPE, without
 from poft_plugin.hosts.axolotl.ranked_rows import ranked_reader, unread_columns
 from poft_plugin.hosts.axolotl.reading import HOST_ERRORS
@@ -60,6 +60,11 @@ class RankedStrategy(DatasetWrappingStrategy):
     tokenizer: Any
     cfg: DictDefault
     entry: Entry
+
+    @property
+    def _ranked(self) -> Ranked:
+        assert self.entry.ranked is not None
+        return self.entry.ranked
 
     def wrap_dataset(
         self, dataset: Any, process_count: int | None = None, keep_in_memory: bool | None = False, **_: Any
@@ -103,7 +108,7 @@ class RankedStrategy(DatasetWrappingStrategy):
         return load_chat_template(self.tokenizer, cfg, settings)
 
     def _read(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
-        where, kind, fields = f"{self.entry.label} row {index}", str(self.entry.raw["type"]), self.entry.ranked.fields
+        where, kind, fields = f"{self.entry.label} row {index}", str(self.entry.raw["type"]), self._ranked.fields
         columns, refusal = self._columns(row, index), UNUSABLE if fields.drops(kind) else ERROR
         try:
             sample = ranked_reader(kind, fields)(row, where)
@@ -120,9 +125,9 @@ class RankedStrategy(DatasetWrappingStrategy):
             return columns | {refusal: str(refused)}
 
     def _check(self, sample: RankedSample, row: Mapping[str, Any], where: str) -> None:
-        if self.entry.ranked.max_responses is not None and len(sample.responses) > self.entry.ranked.max_responses:
+        if self._ranked.max_responses is not None and len(sample.responses) > self._ranked.max_responses:
             raise RowError(
-                f"{where}: {len(sample.responses)} responses; this method takes {self.entry.ranked.max_responses}. Use "
+                f"{where}: {len(sample.responses)} responses; this method takes {self._ranked.max_responses}. Use "
                 "`rl: deft_pro` or `deft_rrhf` for lists"
             )
         column = self.entry.group_column
@@ -137,7 +142,7 @@ class RankedStrategy(DatasetWrappingStrategy):
             CONVERSATION: "",
             SOURCE: self.entry.label,
             ROW_NUMBER: index,
-            DROPPABLE: self.entry.ranked.fields.drops(str(self.entry.raw["type"])),
+            DROPPABLE: self._ranked.fields.drops(str(self.entry.raw["type"])),
             LEFT_OUT: [],
             ERROR: "",
             UNUSABLE: "",

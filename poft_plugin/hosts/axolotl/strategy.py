@@ -152,7 +152,7 @@ class MethodStrategy(DatasetWrappingStrategy):
         """What a row has that cannot be used."""
         texts: dict[str, Any] = {ROW_KEY: "", CONVERSATION: "", ERROR: "", SOURCE: self.entry.label}
         numbers = {ROW_NUMBER: index, DROPPABLE: self.entry.drop_bad_rows, LEFT_OUT: []}
-        tokens = {name: [] for name in self.features if name not in (*texts, *numbers, GROUP)}
+        tokens: dict[str, Any] = {name: [] for name in self.features if name not in (*texts, *numbers, GROUP)}
         column = self.entry.group_column
         group = {} if column is None else {GROUP: printable(str(row.get(column)))}
         return {**tokens, **texts, **numbers, **group}

@@ -12,6 +12,7 @@ cases, so the host leaves it unlabelled though it is written word for word. `com
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -192,7 +193,8 @@ class TrainedText:
     def _marks(self) -> frozenset[int]:
         """Ids of the tokens that are no text: an unknown word's may be the response's, if it is nothing else."""
         tokenizer = self.tokenizer
-        ids = {*tokenizer.convert_tokens_to_ids([*special_tokens(tokenizer), *self.end_tokens])}
+        marks: Any = tokenizer.convert_tokens_to_ids([*special_tokens(tokenizer), *self.end_tokens])
+        ids = set(marks)
         others = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
         unknown = set() if tokenizer.unk_token_id in others else {tokenizer.unk_token_id}
         return frozenset(ids - unknown - {None})

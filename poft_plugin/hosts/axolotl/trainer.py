@@ -31,6 +31,7 @@ class MethodTrainer(AxolotlTrainer, SampleMeanTrainer):
     method_run: MethodRun
     cfg: DictDefault
     tensors: Mapping[str, np.ndarray]
+    args: Any
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         run = self.method_run
@@ -57,7 +58,7 @@ class MethodTrainer(AxolotlTrainer, SampleMeanTrainer):
         the evaluation loop different numbers of times. Rows that are repeated to even them out count once.
         """
         if is_training:
-            loader = super()._get_dataloader(dataset, *args, is_training=True, **kwargs)
+            loader = super()._get_dataloader(dataset, *args, **{**kwargs, "is_training": True})
             if len(loader) == 0:
                 raise ValueError(
                     f"nothing to train on: {len(dataset)} rows, packed into batches of micro_batch_size "
@@ -68,7 +69,7 @@ class MethodTrainer(AxolotlTrainer, SampleMeanTrainer):
         drop_last, even = self.args.dataloader_drop_last, self.accelerator.even_batches
         self.args.dataloader_drop_last, self.accelerator.even_batches = False, True
         try:
-            return super()._get_dataloader(dataset, *args, is_training=False, **kwargs)
+            return super()._get_dataloader(dataset, *args, **{**kwargs, "is_training": False})
         finally:
             self.args.dataloader_drop_last, self.accelerator.even_batches = drop_last, even
 
