@@ -5,6 +5,7 @@ import multiprocessing
 import pickle
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -57,6 +58,7 @@ def test_the_hosts_own_commands_end_in_one_message(
 ) -> None:
     monkeypatch.setenv("AXOLOTL_IS_PREPROCESS", "1")  # undoes what the command writes into the environment
     ran = run(command[0], str(config(models, tmp_path, **settings)), *command[1:])
+    assert isinstance(ran.exception, SystemExit), "".join(traceback.format_exception(ran.exception))
     assert ran.exit_code == 1
     assert message in ran.stderr
     assert "Traceback" not in ran.output
