@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from poft_plugin.data.rows import load_conversation
 from quickstart.stage import console
 from quickstart.task import SPOILED, Row
 
@@ -25,7 +26,8 @@ def preference_scores(path: Path, rows: list[Row]) -> list[float]:
     """
     rewards = defaultdict(list)
     for line in pq.read_table(path, columns=["conversation", "reward"]).to_pylist():
-        rewards[tuple(content for _, content, _ in json.loads(line["conversation"]))].append(line["reward"])
+        texts = tuple(turn.content for turn in load_conversation(line["conversation"]))
+        rewards[texts].append(line["reward"])
     return [fmean(rewards[row.prompt, row.answer]) for row in rows]
 
 
