@@ -132,6 +132,8 @@ class ToyBlock(Block):
     """The block `toy:`."""
 
     strength: float | None = None
+    batch_tokens: int | None = None
+    sft_weight: float | None = None
 
 
 def test_a_preprocessor_gets_the_block_that_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,6 +173,16 @@ def test_deft_around_another_block_refuses_what_is_not_read(
     """The method inside has its own block, and its own word for such a weight."""
     with pytest.raises(ValueError, match=rf"^deft\.{key}: {value!r}(\.0)? is not read by `rl: deft_toy`; remove it$"):
         take_over(rl="deft_toy", deft={"omega": 0.1, key: value})
+
+
+@pytest.mark.usefixtures("toy_in_reach")
+def test_a_key_of_both_blocks_is_read_from_one(take_over: Callable[..., Any]) -> None:
+    """Scoring is DEFT's; a weight that DEFT leaves to the method inside is that method's own."""
+    message = r"^toy\.batch_tokens: 64 is not read by `rl: deft_toy`, which takes it from `deft\.batch_tokens`; move it"
+    with pytest.raises(ValueError, match=message):
+        take_over(rl="deft_toy", deft={"omega": 0.1}, toy={"batch_tokens": 64})
+    run = take_over(rl="deft_toy", deft={"omega": 0.1, "batch_tokens": 32}, toy={"sft_weight": 0.5})
+    assert (run.settings.batch_tokens, run.base_settings.sft_weight) == (32, 0.5)
 
 
 @pytest.mark.usefixtures("toy_in_reach")

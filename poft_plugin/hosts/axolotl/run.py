@@ -172,6 +172,7 @@ def _take_over(cfg: Any, method: Method | None, rl: Any) -> MethodRun | None:
     base, base_settings = method.base, None
     if base is not None and base.block != method.block:
         base_settings = _settings(cfg, base)
+        _check_shared_keys(method, settings, base_settings)
     filters = _filters(cfg, settings)
     _check_filter_columns(method, filters)
     name_host_templates()
@@ -256,6 +257,17 @@ def _filters(cfg: Mapping[str, Any], settings: BaseModel) -> tuple[tuple[str, di
     if isinstance(settings, DeftConfig) and settings.train_on != "all":
         filters.append(("keep_levels", {"levels": settings.train_on}))
     return tuple(filters)
+
+
+def _check_shared_keys(method: Method, settings: BaseModel, base_settings: BaseModel) -> None:
+    """Refuses a key that both blocks have, where it is set in the one that it is not read from."""
+    assert method.base is not None
+    shared = type(settings).model_fields.keys() & type(base_settings).model_fields.keys() - set(method.unread)
+    for key in sorted(shared & base_settings.model_fields_set):
+        raise ValueError(
+            f"{method.base.block}.{key}: {getattr(base_settings, key)!r} is not read by `rl: {method.name}`, which "
+            f"takes it from `{method.block}.{key}`; move it there"
+        )
 
 
 def _check_filter_columns(method: Method, filters: tuple[tuple[str, dict[str, Any]], ...]) -> None:
