@@ -4,6 +4,7 @@ import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -264,3 +265,18 @@ def even_rows(count: int, seed: int = 0) -> dict[str, list[dict[str, Any]]]:
         rows["pairs"].append({"messages": [asked], **pair})
         rows["lists"].append({"prompt": asked["content"], "responses": answers, "scores": scores})
     return rows
+
+
+def poft_config(models: SimpleNamespace, folder: Path, **settings: Any) -> Path:
+    """A config of `rl: poft` on four rows in its own folder, with one reference."""
+    data = write_jsonl(folder / "data.jsonl", chat_rows(4))
+    defaults: dict[str, Any] = {
+        "base_model": str(models.policy),
+        "datasets": [{"path": str(data), "ds_type": "json", "type": "chat_template"}],
+        "plugins": ["poft_plugin.PoftPlugin"],
+        "rl": "poft",
+        "poft": {"references": [{"model": str(models.ref_a)}], "score_cache": str(folder / "scores")},
+        "output_dir": str(folder / "out"),
+        "dataset_prepared_path": str(folder / "prepared"),
+    }
+    return write_config(folder / "config.yml", **{**defaults, **settings})

@@ -20,20 +20,6 @@ from poft_plugin.data.rows import RowError
 from poft_plugin.hosts.axolotl.errors import TRACEBACK, UserError, install_hook, message_of, one_message
 
 
-def config(models: SimpleNamespace, folder: Path, **settings: Any) -> Path:
-    data = tiny.write_jsonl(folder / "data.jsonl", tiny.chat_rows(4))
-    defaults: dict[str, Any] = {
-        "base_model": str(models.policy),
-        "datasets": [{"path": str(data), "ds_type": "json", "type": "chat_template"}],
-        "plugins": ["poft_plugin.PoftPlugin"],
-        "rl": "poft",
-        "poft": {"references": [{"model": str(models.ref_a)}], "score_cache": str(folder / "scores")},
-        "output_dir": str(folder / "out"),
-        "dataset_prepared_path": str(folder / "prepared"),
-    }
-    return tiny.write_config(folder / "config.yml", **{**defaults, **settings})
-
-
 def run(*arguments: str) -> Result:
     """A command of the host, in this process."""
     hosting.forget_plugins()
@@ -57,7 +43,7 @@ def test_the_hosts_own_commands_end_in_one_message(
     message: str,
 ) -> None:
     monkeypatch.setenv("AXOLOTL_IS_PREPROCESS", "1")  # undoes what the command writes into the environment
-    ran = run(command[0], str(config(models, tmp_path, **settings)), *command[1:])
+    ran = run(command[0], str(tiny.poft_config(models, tmp_path, **settings)), *command[1:])
     assert isinstance(ran.exception, SystemExit), "".join(traceback.format_exception(ran.exception))
     assert ran.exit_code == 1
     assert message in ran.stderr
@@ -68,7 +54,7 @@ def test_the_traceback_is_there_for_the_asking(
     models: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(TRACEBACK, "1")
-    path = config(models, tmp_path, poft={"references": []})
+    path = tiny.poft_config(models, tmp_path, poft={"references": []})
     with pytest.raises(ValueError, match=r"poft\.references") as caught:
         hosting.load_config(path)
     assert not isinstance(caught.value, UserError)

@@ -19,18 +19,8 @@ WEIGHTS = "model.safetensors"
 
 
 def config(folder: Path, models: SimpleNamespace, base_model: Path, **settings: Any) -> Path:
-    """A config of `rl: poft`."""
-    data = tiny.write_jsonl(folder / "data.jsonl", tiny.chat_rows(4))
-    defaults: dict[str, Any] = {
-        "base_model": str(base_model),
-        "datasets": [{"path": str(data), "ds_type": "json", "type": "chat_template"}],
-        "plugins": ["poft_plugin.PoftPlugin"],
-        "rl": "poft",
-        "poft": {"references": [{"model": str(models.ref_a)}], "score_cache": str(folder / "scores")},
-        "output_dir": str(folder / "out"),
-        "dataset_prepared_path": str(folder / "prepared"),
-    }
-    return tiny.write_config(folder / "config.yml", **{**defaults, **settings})
+    """A config of `rl: poft` with this policy."""
+    return tiny.poft_config(models, folder, base_model=str(base_model), **settings)
 
 
 def lacking(source: Path, folder: Path, prefix: str = "", part: str = "") -> Path:
