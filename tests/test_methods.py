@@ -182,7 +182,7 @@ def test_a_key_of_both_blocks_is_read_from_one(take_over: Callable[..., Any]) ->
     with pytest.raises(ValueError, match=message):
         take_over(rl="deft_toy", deft={"omega": 0.1}, toy={"batch_tokens": 64})
     run = take_over(rl="deft_toy", deft={"omega": 0.1, "batch_tokens": 32}, toy={"sft_weight": 0.5})
-    assert (run.settings.batch_tokens, run.base_settings.sft_weight) == (32, 0.5)
+    assert (run.settings.batch_tokens, run.base_settings.batch_tokens, run.base_settings.sft_weight) == (32, 32, 0.5)
 
 
 @pytest.mark.usefixtures("toy_in_reach")

@@ -172,7 +172,7 @@ def _take_over(cfg: Any, method: Method | None, rl: Any) -> MethodRun | None:
     base, base_settings = method.base, None
     if base is not None and base.block != method.block:
         base_settings = _settings(cfg, base)
-        _check_shared_keys(method, settings, base_settings)
+        base_settings = _with_shared_keys(method, settings, base_settings)
     filters = _filters(cfg, settings)
     _check_filter_columns(method, filters)
     name_host_templates()
@@ -259,8 +259,8 @@ def _filters(cfg: Mapping[str, Any], settings: BaseModel) -> tuple[tuple[str, di
     return tuple(filters)
 
 
-def _check_shared_keys(method: Method, settings: BaseModel, base_settings: BaseModel) -> None:
-    """Refuses a key that both blocks have, where it is set in the one that it is not read from."""
+def _with_shared_keys(method: Method, settings: BaseModel, base_settings: BaseModel) -> BaseModel:
+    """The inner block, what both have taken from the outer one; refused where it is set in the inner one."""
     assert method.base is not None
     shared = type(settings).model_fields.keys() & type(base_settings).model_fields.keys() - set(method.unread)
     for key in sorted(shared & base_settings.model_fields_set):
@@ -268,6 +268,7 @@ def _check_shared_keys(method: Method, settings: BaseModel, base_settings: BaseM
             f"{method.base.block}.{key}: {getattr(base_settings, key)!r} is not read by `rl: {method.name}`, which "
             f"takes it from `{method.block}.{key}`; move it there"
         )
+    return base_settings.model_copy(update={key: getattr(settings, key) for key in shared})
 
 
 def _check_filter_columns(method: Method, filters: tuple[tuple[str, dict[str, Any]], ...]) -> None:
